@@ -1,0 +1,78 @@
+"""Prompts as the model reads them, and the tokens that end an answer."""
+
+from typing import Any
+
+from lite_trgrpo.errors import ModelError
+from lite_trgrpo.records import Message, Prompt
+
+
+class Template:
+    """A tokenizer with its chat template, or a declared format for bases that have none."""
+
+    def __init__(self, tokenizer: Any, prompt_format: str | None, options: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.format = prompt_format
+        self.options = options
+        if prompt_format is None and tokenizer.chat_template is None:
+            raise ModelError(
+                "the tokenizer has no chat template, so this is a base model: declare how a prompt is written, "
+                'e.g. --set \'model.prompt_format="Question: {prompt}\\nAnswer:"\''
+            )
+        if prompt_format is not None and "{prompt}" not in prompt_format:
+            raise ModelError(f"model.prompt_format {prompt_format!r} does not contain {{prompt}}")
+
+    def encode(self, prompt: str | list[Message]) -> Prompt:
+        """Special tokens come from the template alone; a declared format gets the tokenizer's own (one BOS)."""
+        if self.format is not None:
+            text = self._formatted(prompt)
+            return Prompt(tuple(self.tokenizer(text).input_ids), text)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self._render(messages, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return Prompt(tuple(ids), text, _opened(text))
+
+    def _formatted(self, prompt: str | list[Message]) -> str:
+        assert self.format is not None
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        system = "\n".join(m["content"] for m in prompt if m["role"] == "system")
+        rest = "\n".join(m["content"] for m in prompt if m["role"] != "system")
+        # replace, not str.format: a prompt may contain braces
+        return self.format.replace("{system}", system).replace("{prompt}", rest)
+
+    def _render(self, messages: list[Message], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **(self.options | options))
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            roles = [m["role"] for m in messages]
+            raise ModelError(
+                f"the chat template refuses messages with roles {roles}: {error}. Some models know no system role: "
+                "put the instruction into the prompt and unset data.system"
+            ) from None
+
+    def end_ids(self, generation_config: Any) -> frozenset[int]:
+        """Every token that ends an answer: of the tokenizer, of the generation config, and of the template."""
+        ids = {self.tokenizer.eos_token_id}
+        declared = generation_config.eos_token_id if generation_config is not None else None
+        ids.update(declared if isinstance(declared, list) else [declared])
+        if self.format is None:
+            ids.add(self._turn_end())
+        ids.discard(None)
+        if not ids:
+            raise ModelError("the model has no end token: tokenizer, generation config and template name none")
+        return frozenset(ids)
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template writes right after an assistant's answer, if any."""
+        marker = "zzANSWERzz"
+        conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": marker}]
+        tail = self._render(conversation, add_generation_prompt=False).rpartition(marker)[2]
+        ids = self.tokenizer(tail.lstrip(), add_special_tokens=False).input_ids
+        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+
+
+def _opened(text: str) -> str:
+    """`<think>` and the white space after it, where the rendered prompt ends by opening it."""
+    if text.rstrip().endswith("<think>"):
+        return text[text.rindex("<think>") :]
+    return ""

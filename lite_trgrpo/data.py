@@ -1,0 +1,235 @@
+"""Sources -> examples, held-out rows, and the order in which a run sees them.
+
+A source is a .jsonl, .csv or .parquet file, a data set on the Hub, `reasoning-gym:TASK`, or `builtin:addition`.
+Nothing is dropped silently: a row that cannot be used is an error that names file, line and reason.
+"""
+
+import csv
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_trgrpo.config import Data, nearest
+from lite_trgrpo.errors import DataError, HubError, MissingPackageError
+from lite_trgrpo.records import Example
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+SHOWN = 5  # bad rows named in one message
+Row = tuple[str, Mapping[str, Any]]  # where it came from, its columns
+
+
+def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
+    """-> (training examples, held-out examples). No held-out prompt occurs in training, compared by text.
+
+    Held-out rows come from `eval_source` or `eval_split` where one is given, else from the source itself: at most half
+    of its distinct prompts. Which rows are held out depends on `data.seed` alone, never on the run's seed.
+    """
+    rows = examples(data, data.source, data.split)
+    if data.eval_source or data.eval_split:
+        pool = examples(data, data.eval_source or data.source, data.eval_split or data.split)
+        limit = eval_rows
+    else:
+        pool, limit = rows, min(eval_rows, len({row.text for row in rows}) // 2)
+    distinct = list({row.text: row for row in reversed(pool)}.values())[::-1]  # the first row of each text
+    heldout = random.Random(data.seed).sample(distinct, min(limit, len(distinct)))
+    texts = {row.text for row in heldout}
+    training = [row for row in rows if row.text not in texts]
+    if not training:
+        raise DataError(f"{data.source}: no row is left for training after {len(heldout)} were held out; lower eval.rows")
+    return training, heldout
+
+
+def batch(count: int, per_step: int, seed: int, step: int) -> list[int]:
+    """Indices of the examples of a step: a pure function, so a resumed run continues exactly where it was.
+
+    Each epoch is its own shuffle; a step may span two epochs.
+    """
+    indices = []
+    for position in range(step * per_step, (step + 1) * per_step):
+        epoch, place = divmod(position, count)
+        indices.append(_order(count, seed, epoch)[place])
+    return indices
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+# -- from rows to examples ----------------------------------------------------------------------------------
+
+
+def examples(data: Data, source: str, split: str) -> list[Example]:
+    """All rows of a source as examples, or one DataError that names the rows that cannot be used."""
+    found, problems = [], []
+    for origin, row in _rows(data, source, split):
+        try:
+            found.append(_example(row, origin, data))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise DataError("\n".join(problems[:SHOWN]) + more)
+    if not found:
+        raise DataError(f"{source} has no rows")
+    return found
+
+
+def _example(row: Mapping[str, Any], origin: str, data: Data) -> Example:
+    for option, column in (("data.prompt", data.prompt), ("data.answer", data.answer)):
+        if column and column not in row:
+            raise DataError(
+                f"{origin}: no column '{column}'.{nearest(column, list(row))} It has {', '.join(row)}; "
+                f"type --set {option}=NAME" + (" (or '' if no reward needs one)" if option == "data.answer" else "")
+            )
+    columns = {name: value for name, value in row.items() if name != data.prompt}
+    if data.answer:
+        columns["answer"] = row[data.answer]
+    return Example(_prompt(row[data.prompt], origin, data.system), columns, origin)
+
+
+def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str, str]]:
+    """A string, or chat messages; with a system message in front where the run declares one."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{origin}: the prompt is empty")
+        return value if system is None else [{"role": "system", "content": system}, {"role": "user", "content": value}]
+    if not isinstance(value, Sequence) or not value:
+        raise DataError(f"{origin}: the prompt is {type(value).__name__}, not a string or a list of messages")
+    for message in value:
+        if not (isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            raise DataError(f"{origin}: {message!r:.80} is not a message; it needs 'role' and 'content', both strings")
+    messages = [{"role": m["role"], "content": m["content"]} for m in value]
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+# -- sources ------------------------------------------------------------------------------------------------
+
+
+def _rows(data: Data, source: str, split: str) -> Iterable[Row]:
+    kind, colon, name = source.partition(":")
+    if colon and kind == "builtin":
+        return _builtin(name, data)
+    if colon and kind == "reasoning-gym":
+        return _reasoning_gym(name, data)
+    if source.endswith(FILES):
+        return _file(Path(source))
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        return _hub(data, source, split)
+    raise DataError(
+        f"data.source {source!r} is not a file ending in {', '.join(FILES)}, a Hub id such as openai/gsm8k, "
+        "reasoning-gym:TASK or builtin:addition"
+    )
+
+
+def _builtin(name: str, data: Data) -> Iterator[Row]:
+    if name != "addition":
+        raise DataError(f"no built-in generator '{name}'; there is: addition")
+    unknown = set(data.options) - {"first", "second"}
+    if unknown:
+        raise DataError(f"builtin:addition has no option {', '.join(sorted(unknown))}; it has first and second")
+    for i, row in enumerate(addition(data.seed, **data.options)):
+        yield f"builtin:addition:{i + 1}", row
+
+
+def addition(
+    seed: int, first: Sequence[int] = (10, 59), second: Sequence[int] = (10, 39)
+) -> list[dict[str, str]]:
+    """Every sum of a number of `first` and one of `second` (inclusive ranges), once, shuffled."""
+    pairs = [(a, b) for a in range(first[0], first[1] + 1) for b in range(second[0], second[1] + 1)]
+    random.Random(seed).shuffle(pairs)
+    return [{"prompt": f"What is {a} + {b}? Answer with the number.", "answer": str(a + b)} for a, b in pairs]
+
+
+def _reasoning_gym(task: str, data: Data) -> Iterator[Row]:
+    _need("reasoning_gym", f"reasoning-gym:{task}")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise DataError(f"reasoning-gym has no task '{task}'.{nearest(task, list(DATASETS))}")
+    try:
+        rows = reasoning_gym.create_dataset(task, **({"size": 2000, "seed": data.seed} | data.options))
+    except (TypeError, AssertionError, ValueError) as error:
+        raise DataError(f"reasoning-gym:{task}: {error}. Look at data.options") from None
+    for i, row in enumerate(rows):
+        yield f"reasoning-gym:{task}:{i + 1}", {"prompt": row["question"], **row}
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise DataError(f"no file {path} (from {Path.cwd()}); give data.source a path that exists")
+    try:
+        if path.suffix == ".csv":
+            yield from _csv(path)
+        elif path.suffix == ".parquet":
+            yield from _parquet(path)
+        else:
+            yield from _jsonl(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not a JSON object on one line: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a JSON {type(row).__name__}, not an object with columns")
+            yield f"{path}:{number}", row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{path}:{reader.line_num}: {len(row)} fields do not fit the header")
+            yield f"{path}:{reader.line_num}", row
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    _need("pyarrow", str(path))
+    import pyarrow.parquet
+    from pyarrow import ArrowException
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    for i, row in enumerate(rows):
+        yield f"{path}:{i + 1}", row
+
+
+def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
+    _need("datasets", source)
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, data.subset, split=split, revision=data.revision)
+    except (OSError, ConnectionError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HubError(
+            f"data set {source} could not be fetched: {line}. Check the id and the connection; a gated or private one "
+            "needs `hf auth login`; one fetched before works with HF_HUB_OFFLINE=1"
+        ) from None
+    except ValueError as error:  # an unknown subset or split; the library lists those there are
+        raise DataError(f"data set {source}: {str(error).splitlines()[0]}. Look at data.subset and data.split") from None
+    for i, row in enumerate(rows):
+        yield f"{source}:{split}:{i + 1}", row
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(f"{what} needs the package {package}. Type: pip install 'lite-trgrpo[data]'")

@@ -1,0 +1,37 @@
+"""One exception family. Every message says what, the value got, what is allowed, and what to type next.
+
+Each child is also the standard type that a library user would expect to catch. The command line prints the
+message on one line and exits with 1; nothing else formats errors.
+"""
+
+
+class LiteError(Exception):
+    """Something known went wrong; the message tells the person what to do."""
+
+
+class ConfigError(LiteError, ValueError):
+    """A preset, file or override does not describe a valid run. Holds all problems, one a line."""
+
+
+class DataError(LiteError, ValueError):
+    """A data source is missing, empty, or has a row that cannot be used."""
+
+
+class RewardError(LiteError, ValueError):
+    """A reward function cannot be loaded, or returned something that is no reward."""
+
+
+class ModelError(LiteError, RuntimeError):
+    """A model cannot be loaded or does not do what the method needs."""
+
+
+class HubError(LiteError, ConnectionError):
+    """The Hugging Face Hub is unreachable, or refuses."""
+
+
+class MissingPackageError(LiteError, ImportError):
+    """An optional package is needed; the message carries the pip line."""
+
+
+class RunError(LiteError, RuntimeError):
+    """A run folder or checkpoint cannot be written, read or continued."""

@@ -1,0 +1,88 @@
+"""Held-out scores: pass@1 (greedy), pass@k (sampled), their 95 % intervals, and the paired gain over another one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lite_trgrpo.policy import Policy
+from lite_trgrpo.records import Example, Group, Prompt, Sampling
+from lite_trgrpo.rewards import Reward, score
+
+Estimate = dict[str, float]
+"""A proportion or a difference, with its 95 % interval: value, low, high."""
+Z = 1.959963984540054  # two-sided 95 %
+
+
+def wilson(solved: Sequence[bool]) -> Estimate:
+    """Share of solved prompts with Wilson's interval, which stays honest near 0 and 1."""
+    n, p = len(solved), sum(solved) / len(solved)
+    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return {"value": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+
+
+def paired_gain(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
+    """Mean difference over the same prompts; the interval is that of paired differences (normal)."""
+    differences = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    n, mean = len(differences), sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
+    half = Z * math.sqrt(variance / n)
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def evaluate(
+    policy: Policy,
+    heldout: Sequence[tuple[Example, Prompt]],
+    rewards: Sequence[Reward],
+    sampling: Sampling,
+    *,
+    samples: int,
+    solved_at: float,
+) -> dict[str, Any]:
+    """One greedy answer and `samples` sampled ones for each held-out row.
+
+    -> {"pass@1": estimate, "pass@k": estimate (k = samples), "pass@1_sampled": mean over samples, "truncated": share of
+    greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
+    """
+    prompts = [prompt for _, prompt in heldout]
+    greedy = _answers(policy, heldout, prompts, rewards, replace(sampling, members=1, greedy=True))
+    sampled = _answers(policy, heldout, prompts, rewards, replace(sampling, members=samples)) if samples else None
+    rows = []
+    for i, (example, _) in enumerate(heldout):
+        completion = greedy[i].completions[0]
+        row = {
+            "prompt": example.text,
+            "answer": example.columns.get("answer"),
+            "greedy": completion.text,
+            "stopped": completion.stopped,
+            "tokens": len(completion.ids),
+            "solved": bool(_solved(greedy[i], rewards, solved_at)[0]),
+        }
+        if sampled is not None:
+            row["samples_solved"] = sum(_solved(sampled[i], rewards, solved_at))
+        rows.append(row)
+    result: dict[str, Any] = {"pass@1": wilson([row["solved"] for row in rows])}
+    if sampled is not None:
+        result[f"pass@{samples}"] = wilson([row["samples_solved"] > 0 for row in rows])
+        result["pass@1_sampled"] = sum(row["samples_solved"] for row in rows) / (samples * len(rows))
+    result["truncated"] = sum(not row["stopped"] for row in rows) / len(rows)
+    result["length_mean"] = sum(row["tokens"] for row in rows) / len(rows)
+    result["rows"] = rows
+    return result
+
+
+def _answers(
+    policy: Policy,
+    heldout: Sequence[tuple[Example, Prompt]],
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    sampling: Sampling,
+) -> list[Group]:
+    completions = policy.sample(prompts, sampling)
+    groups = [Group(e, p, c) for (e, p), c in zip(heldout, completions, strict=True)]
+    return score(groups, rewards)
+
+
+def _solved(group: Group, rewards: Sequence[Reward], solved_at: float) -> list[bool]:
+    return [value >= solved_at for value in group.parts[rewards[0].name]]  # NaN is not solved

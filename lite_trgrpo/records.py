@@ -1,0 +1,91 @@
+"""What flows through a run. Frozen, plain, free of torch.
+
+Letters used in shapes everywhere: P prompts in a step, G completions in a group, B = P*G sequences,
+T completion tokens (padded to the longest), V vocabulary.
+
+    Example --encode--> Prompt --sample--> Completion * G --score--> Group --update--> adapter
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a data source."""
+
+    prompt: str | list[Message]
+    """A string (one user message) or a list of chat messages."""
+    columns: Mapping[str, Any]
+    """Every other column of the row, `answer` among them; handed to the reward functions."""
+    origin: str
+    """Where the row came from, for messages: `data.jsonl:12`."""
+
+    @property
+    def text(self) -> str:
+        """The prompt as plain text: what decides whether two rows are the same question."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An example as the model reads it."""
+
+    ids: tuple[int, ...]
+    text: str
+    """The rendered template, special tokens included."""
+    prefix: str = ""
+    """What the template already opened of the answer (`<think>`); rewards see it before the completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. The ids are the truth: the update uses them, never re-encoded text."""
+
+    ids: tuple[int, ...]
+    """At most `max_new_tokens`; the first end token is the last id, nothing follows it."""
+    sampled: tuple[bool, ...]
+    """Which ids the policy sampled, and so which are in the loss (all, unless a tool wrote some)."""
+    logprobs: tuple[float, ...]
+    """log p of each id under softmax(logits / temperature) when it was sampled."""
+    text: str
+    """The ids decoded, without special tokens."""
+    stopped: bool
+    """True if it ended with an end token, False if the token cap cut it off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt, its G completions and, once scored, their rewards."""
+
+    example: Example
+    prompt: Prompt
+    completions: Sequence[Completion]
+    rewards: Sequence[float] = ()
+    """Weighted sums; NaN = could not be graded, left out of the group's mean, std and count."""
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Each reward function's own values, unweighted, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. The same key and the same policy give the same completions."""
+
+    members: int
+    """Completions a prompt (G in training)."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    greedy: bool = False
+    """Take the most likely token; temperature still decides the log-probabilities that are returned."""
+    max_rows: int = 64
+    """Completions decoded side by side."""
+    key: tuple[int, ...] = (0,)
+    """Counters such as (seed, stream, step) from which every uniform number is computed."""

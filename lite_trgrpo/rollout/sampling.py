@@ -1,0 +1,67 @@
+"""Drawing a token. Every draw is a pure function of counters: no generator has a state that could be lost.
+
+The uniform number of a token depends on (seed, stream, step, prompt, member, position) alone. So rows can be
+regrouped, a run can be resumed, and a step can be replayed, and the same tokens come out (up to rounding of logits).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(key: np.ndarray, counter: np.ndarray | int) -> np.ndarray:
+    """splitmix64's finaliser over (key, counter): uint64 arrays in, uint64 out, broadcast."""
+    with np.errstate(over="ignore"):  # wrapping around is what the hash wants
+        z = key + _GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def row_keys(key: tuple[int, ...], prompts: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """One uint64 per row from a key such as (seed, stream, step) and the row's prompt and member numbers."""
+    base = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        base = mix(base, part)
+    return mix(mix(base, prompts), members)
+
+
+def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
+    """[B] row keys, position of the token in its completion -> [B] float64 in [0, 1)."""
+    return (mix(keys, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw(
+    logits: Tensor, uniform: Tensor | None, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """[B, V] logits, [B] uniforms (None: the most likely token) -> ids [B], log p [B].
+
+    log p is that of softmax(logits / temperature), whatever the filter. Inverse of the cumulative distribution
+    instead of torch.multinomial, which takes several times longer over a wide vocabulary.
+    """
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logprobs = torch.log_softmax(scaled, -1)
+    if uniform is None:
+        ids = logprobs.argmax(-1)
+    else:
+        probs = logprobs.exp()
+        if top_k > 0 or top_p < 1.0:
+            probs = _filtered(probs, top_p, top_k)
+        cumulative = probs.cumsum(-1)
+        target = uniform.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
+        # right=True: the first entry above the target, so an id of probability 0 is never drawn
+        ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        last = logits.shape[-1] - 1  # rounding may put the target on the last entry
+        ids = torch.where(ids > last, probs.argmax(-1), ids)
+    return ids, logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _filtered(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Keep the top_k likeliest ids, and of these the fewest whose mass reaches top_p (always at least one)."""
+    ordered, order = probs.sort(-1, descending=True)
+    keep = ordered.cumsum(-1) - ordered < top_p
+    if top_k > 0:
+        keep[:, top_k:] = False
+    return torch.zeros_like(probs).scatter(-1, order, torch.where(keep, ordered, 0.0))

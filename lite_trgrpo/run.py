@@ -1,0 +1,95 @@
+"""The run folder: what a run leaves behind, and where a later one finds it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_trgrpo.config import Config, to_toml
+from lite_trgrpo.errors import RunError
+from lite_trgrpo.records import Group
+
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
+
+
+class Run:
+    """`config.toml`, `run.json`, the three logs, `checkpoints/`, `adapter/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.adapter = folder / "adapter"
+
+    @classmethod
+    def create(cls, folder: Path, config: Config) -> "Run":
+        """A new run. A folder that already holds one is refused."""
+        if (folder / "config.toml").exists():
+            raise RunError(
+                f"{folder} already holds a run. Continue it with `lite-trgrpo train --resume {folder}`, or give "
+                "--output another folder"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write into {folder}: {error.strerror}; give --output another folder") from None
+        return cls(folder)
+
+    @classmethod
+    def existing(cls, folder: Path) -> "Run":
+        if not (folder / "config.toml").is_file():
+            raise RunError(f"{folder} holds no run (no config.toml); look for one with: ls runs")
+        return cls(folder)
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """`run.json`: what was resolved at the start (revision, versions, device, counts of rows)."""
+        (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def log_step(self, metrics: Mapping[str, Any], groups: Sequence[Group]) -> None:
+        """One line of metrics.jsonl; one line of rollouts.jsonl for each group."""
+        lines = [{"step": metrics["step"], **_rollout_line(group)} for group in groups]
+        self._append("rollouts.jsonl", lines)
+        self._append("metrics.jsonl", [metrics])
+
+    def log_eval(self, line: Mapping[str, Any]) -> None:
+        self._append("eval.jsonl", [line])
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each log now; a checkpoint keeps them, so that a resumed run writes no step twice."""
+        return {name: path.stat().st_size for name in LOGS if (path := self.folder / name).exists()}
+
+    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        for name in LOGS:
+            path = self.folder / name
+            if path.exists():
+                with path.open("r+b") as file:
+                    file.truncate(offsets.get(name, 0))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        path = self.folder / "eval.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder / name}: {error.strerror}") from None
+
+
+def _rollout_line(group: Group) -> dict[str, Any]:
+    return {
+        "origin": group.example.origin,
+        "prompt": group.example.text,
+        "answer": group.example.columns.get("answer"),
+        "completions": [
+            {
+                "text": completion.text,
+                "ids": list(completion.ids),
+                "stopped": completion.stopped,
+                "reward": None if reward != reward else reward,  # NaN is no JSON
+                "parts": {name: None if part[i] != part[i] else part[i] for name, part in group.parts.items()},
+            }
+            for i, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True))
+        ],
+    }

@@ -1,0 +1,95 @@
+"""What the person sees while a run works. Talk goes to stderr: stdout is for data."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+talk = Console(stderr=True, highlight=False)
+
+
+def plain(text: str) -> str:
+    """Model text made safe to print: control characters, terminal escapes among them, become visible."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def step_line(metrics: Mapping[str, Any]) -> str:
+    """The headline of a step. The loss is not in it: with one update a batch it is 0 by construction."""
+    reward = metrics["reward_mean"]
+    return (
+        f"reward {'  -  ' if reward is None else f'{reward:5.3f}'}  solved {metrics['solved']:4.0%}  "
+        f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}  "
+        f"length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
+    )
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """Yields a function of a step's metrics: one live line on a terminal, a printed line elsewhere."""
+    if not talk.is_terminal or talk.is_dumb_terminal:
+        yield lambda metrics: talk.print(f"step {metrics['step']}/{total}  {step_line(metrics)}", soft_wrap=True)
+        return
+    columns = (
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=12), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=talk) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda metrics: bar.update(task, completed=metrics["step"], description=step_line(metrics))
+
+
+def eval_line(line: Mapping[str, Any]) -> str:
+    """`held out after step 50: pass@1 0.700 [0.633, 0.759]  pass@4 ...`"""
+    scores = [f"{name} {_estimate(value)}" for name, value in line.items() if isinstance(value, Mapping) and "low" in value]
+    when = "before training" if line["step"] == 0 else f"after step {line['step']}"
+    return (
+        f"held out, {when}: {'  '.join(scores)}  truncated {line['truncated']:.0%}  "
+        f"length {line['length_mean']:.1f}  ({len(line['rows'])} rows, {line['clock']['eval_s']:.0f} s)"
+    )
+
+
+def _estimate(value: Mapping[str, float]) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int = 6) -> Iterator[Table]:
+    """Before and after, as tables: the scores, then the same held-out prompts side by side."""
+    scores = Table(title="held-out score (95 % interval)", title_justify="left")
+    for column in ("", "before", "after"):
+        scores.add_column(column)
+    for name, value in after.items():
+        if isinstance(value, Mapping) and "low" in value and name in before:
+            scores.add_row(name, _estimate(before[name]), _estimate(value))
+    scores.add_row("truncated", f"{before['truncated']:.1%}", f"{after['truncated']:.1%}")
+    if "gain" in after:
+        scores.add_row("gain in pass@1", "", _estimate(after["gain"]))
+    yield scores
+    answers = Table(title="greedy answers", title_justify="left")
+    for column in ("prompt", "gold", "before", "after"):
+        answers.add_column(column, overflow="fold")
+    for old, new in list(zip(before["rows"], after["rows"], strict=True))[:samples]:
+        answers.add_row(*(Text(plain(str(text))) for text in (new["prompt"], new["answer"], old["greedy"], new["greedy"])))
+    yield answers
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """One evaluation as a table."""
+    table = Table(title=f"held-out score, {len(result['rows'])} rows (95 % interval)", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value")
+    for name, value in result.items():
+        if isinstance(value, Mapping) and "low" in value:
+            table.add_row(name, _estimate(value))
+    table.add_row("truncated", f"{result['truncated']:.1%}")
+    table.add_row("length (tokens)", f"{result['length_mean']:.1f}")
+    return table
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Results are data: they go to stdout."""
+    for table in tables:
+        Console(highlight=False).print(table)

@@ -1,0 +1,119 @@
+"""What a command does once its options are known: load everything, check it, run it, show it."""
+
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
+from lite_trgrpo import evaluate as evaluation
+from lite_trgrpo.config import Config
+from lite_trgrpo.errors import RunError
+from lite_trgrpo.records import Sampling
+from lite_trgrpo.run import Run
+from lite_trgrpo.screen import talk
+
+if TYPE_CHECKING:
+    from lite_trgrpo.backends.transformers import TransformersPolicy
+
+CHATTING = 2  # stream of random numbers, beside the trainer's
+
+
+def train(config: Config, output: Path, resume: Path | None) -> None:
+    """A whole run: everything that can fail is loaded before the folder is written."""
+    found = None
+    if resume is not None:
+        found = checkpoint.newest(Run.existing(resume).checkpoints)
+        if found is None:
+            raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
+    scoring = rewards.load(config.rewards.functions, config.rewards.options)
+    examples, heldout_examples = data.load(config.data, config.eval.rows)
+    policy = _policy(config)
+    training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+    heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
+    run = Run.create(output, config) if resume is None else Run(resume)
+    if resume is None:
+        run.describe(_facts(policy, len(training), len(heldout), too_long + heldout_too_long))
+    talk.print(
+        f"{config.model.name} on {policy.device}, {sum(p.numel() for p in policy.trainable().values()):,} trainable "
+        f"weights; {len(training)} prompts, {len(heldout)} held out, {too_long + heldout_too_long} too long and left "
+        f"out\nrun folder {run.folder}\nthe first prompt as the model reads it:",
+        markup=False,
+    )
+    talk.print(screen.plain(training[0][1].text), style="dim", markup=False)
+    _warn_filtered_sampling(config)
+    with screen.progress(config.train.steps) as on_step:
+        listener = trainer.Listener(on_step, lambda line: talk.print(screen.eval_line(line), markup=False))
+        trainer.train(config, policy, training, heldout, scoring, run, listener, resume=found)
+    evaluations = run.evaluations()
+    if len(evaluations) > 1:
+        screen.show(screen.comparison(evaluations[0], evaluations[-1]))
+    talk.print(f"adapter in {run.adapter}", markup=False)
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
+    scoring = rewards.load(config.rewards.functions, config.rewards.options)
+    _, heldout = data.load(config.data, config.eval.rows)
+    policy = _policy(config)
+    encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
+    if too_long:
+        talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
+    return evaluation.evaluate(
+        policy, encoded, scoring, trainer.eval_sampling(config),
+        samples=config.eval.samples, solved_at=config.rewards.solved_at,
+    )  # fmt: skip
+
+
+def chat(config: Config) -> None:
+    """A conversation on the terminal; the model sees all of it at every turn."""
+    policy = _policy(config)
+    messages = [{"role": "system", "content": config.data.system}] if config.data.system else []
+    sampling = Sampling(1, config.rollout.max_new_tokens, temperature=config.rollout.temperature)
+    for turn, line in enumerate(iter(_ask, "")):
+        messages.append({"role": "user", "content": line})
+        keyed = replace(sampling, key=(config.train.seed, CHATTING, turn))
+        [[answer]] = policy.sample([policy.encode(messages)], keyed)
+        messages.append({"role": "assistant", "content": answer.text})
+        print(screen.plain(answer.text))
+
+
+def _ask() -> str:
+    """A line from the person; nothing more is the end of the conversation."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _policy(config: Config) -> "TransformersPolicy":
+    from lite_trgrpo.backends import transformers
+
+    return transformers.load(
+        config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
+    )
+
+
+def _facts(policy: "TransformersPolicy", training: int, heldout: int, too_long: int) -> dict[str, Any]:
+    """What was resolved at the start and cannot be read from config.toml."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "base": policy.located.upstream,
+        "revision": policy.located.revision,
+        "device": str(policy.device),
+        "dtype": str(policy.dtype),
+        "end_ids": sorted(policy.end_ids),
+        "prompts": {"training": training, "heldout": heldout, "too_long": too_long},
+        "versions": {"lite-trgrpo": __version__, **{name: version(name) for name in packages}},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _warn_filtered_sampling(config: Config) -> None:
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        talk.print(
+            f"warning: rollout.top_p = {config.rollout.top_p}, top_k = {config.rollout.top_k}: answers no longer come "
+            "from the policy that is trained, so the update is biased"
+        )

@@ -1,0 +1,247 @@
+"""The loop: prompts -> completions -> rewards -> advantages -> update -> metrics -> checkpoint -> evaluation."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from lite_trgrpo import checkpoint
+from lite_trgrpo.config import Config, Train
+from lite_trgrpo.data import batch
+from lite_trgrpo.errors import DataError
+from lite_trgrpo.evaluate import evaluate, paired_gain
+from lite_trgrpo.policy import Policy
+from lite_trgrpo.records import Example, Group, Prompt, Sampling
+from lite_trgrpo.rewards import Reward, score
+from lite_trgrpo.run import Run
+from lite_trgrpo.update import prepare_rows, update
+
+TRAINING, EVALUATION = 0, 1  # streams of random numbers
+
+Encoded = list[tuple[Example, Prompt]]
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What the person sees; the trainer itself prints nothing."""
+
+    step: Callable[[Metrics], None]
+    evaluated: Callable[[Metrics], None]
+
+
+def encode(policy: Policy, examples: Sequence[Example], max_prompt_tokens: int) -> tuple[Encoded, int]:
+    """-> examples with their prompts, and how many were left out because their prompt is too long."""
+    encoded = [(example, policy.encode(example.prompt)) for example in examples]
+    kept = [pair for pair in encoded if len(pair[1].ids) <= max_prompt_tokens]
+    if examples and not kept:
+        shortest = min(len(prompt.ids) for _, prompt in encoded)
+        raise DataError(
+            f"every prompt is longer than data.max_prompt_tokens = {max_prompt_tokens}; the shortest has {shortest}"
+        )
+    return kept, len(encoded) - len(kept)
+
+
+def train(
+    config: Config,
+    policy: Policy,
+    training: Encoded,
+    heldout: Encoded,
+    rewards: Sequence[Reward],
+    run: Run,
+    listener: Listener,
+    *,
+    resume: Path | None = None,
+) -> None:
+    """Run to `config.train.steps`, from the start or from the checkpoint `resume`."""
+    options = config.train
+    trainable = policy.trainable()
+    optimizer = make_optimizer(list(trainable.values()), options)
+    start = 0
+    if resume is not None:
+        state = checkpoint.load(resume, trainable, optimizer)
+        start = state["step"]
+        run.cut_back(state["logs"])
+    else:
+        _evaluate(config, policy, heldout, rewards, run, listener, step=0)
+    for step in range(start, options.steps):
+        chosen = [training[i] for i in batch(len(training), options.prompts_per_step, options.seed, step)]
+        metrics, groups = _step(config, policy, optimizer, chosen, rewards, step)
+        run.log_step(metrics, groups)
+        listener.step(metrics)
+        done = step + 1
+        last = done == options.steps
+        if last or (config.eval.every and done % config.eval.every == 0):
+            _evaluate(config, policy, heldout, rewards, run, listener, step=done)
+        if last or (options.checkpoint_every and done % options.checkpoint_every == 0):
+            checkpoint.save(run.checkpoints, done, trainable, optimizer, {"logs": run.offsets()})
+    policy.save_adapter(run.adapter)
+
+
+def _step(
+    config: Config,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    chosen: Encoded,
+    rewards: Sequence[Reward],
+    step: int,
+) -> tuple[Metrics, list[Group]]:
+    """One batch: sample, score, update."""
+    clock: dict[str, float] = {}
+    learning_rate = learning_rate_at(step, config.train)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    with _timed(clock, "rollout_s"):
+        completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step))
+        groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
+    with _timed(clock, "reward_s"):
+        groups = score(groups, rewards)
+    with _timed(clock, "update_s"):
+        statistics = update(
+            policy,
+            optimizer,
+            prepare_rows(groups, config.objective, config.rollout.max_new_tokens),
+            config.objective,
+            temperature=config.rollout.temperature,
+            updates=config.train.updates_per_batch,
+            token_budget=config.train.micro_batch_tokens,
+            max_grad_norm=config.train.max_grad_norm,
+        )
+    tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
+    clock["tokens_per_s"] = tokens / clock["rollout_s"]
+    metrics = {
+        "step": step + 1,
+        **_rollout_metrics(groups, config.rewards.solved_at),
+        **statistics,
+        "learning_rate": learning_rate,
+        "tokens": tokens,
+        "clock": {**clock, **_memory()},
+    }
+    return metrics, groups
+
+
+def _sampling(config: Config, step: int) -> Sampling:
+    return Sampling(
+        members=config.rollout.group_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_rows=config.rollout.max_rows,
+        key=(config.train.seed, TRAINING, step),
+    )
+
+
+def eval_sampling(config: Config) -> Sampling:
+    """Held-out answers are drawn with the same numbers at every evaluation, so that differences are paired."""
+    return Sampling(
+        members=1,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        max_rows=config.rollout.max_rows,
+        key=(config.data.seed, EVALUATION),
+    )
+
+
+def _evaluate(
+    config: Config,
+    policy: Policy,
+    heldout: Encoded,
+    rewards: Sequence[Reward],
+    run: Run,
+    listener: Listener,
+    *,
+    step: int,
+) -> None:
+    if not heldout:
+        return
+    started = time.perf_counter()
+    result = evaluate(
+        policy, heldout, rewards, eval_sampling(config),
+        samples=config.eval.samples, solved_at=config.rewards.solved_at,
+    )  # fmt: skip
+    line: Metrics = {"step": step, **result}
+    earlier = run.evaluations()
+    if earlier:
+        solved = [[row["solved"] for row in rows] for rows in (earlier[0]["rows"], result["rows"])]
+        line["gain"] = paired_gain(*solved)
+    line["clock"] = {"eval_s": time.perf_counter() - started}
+    run.log_eval(line)
+    listener.evaluated(line)
+
+
+def _rollout_metrics(groups: Sequence[Group], solved_at: float) -> Metrics:
+    """Means over this step's completions; ungradable ones are counted apart."""
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards if not math.isnan(reward)]
+    first = next(iter(groups[0].parts))
+    parts = {
+        f"reward/{name}": fmean(values)
+        for name in groups[0].parts
+        if (values := [v for group in groups for v in group.parts[name] if not math.isnan(v)])
+    }
+    spread = [[r for r in group.rewards if not math.isnan(r)] for group in groups]
+    return {
+        "reward_mean": fmean(rewards) if rewards else None,
+        "reward_std": pstdev(rewards) if rewards else None,
+        **parts,
+        "solved": fmean(v >= solved_at for group in groups for v in group.parts[first]),
+        "groups_with_signal": fmean(len(set(rewards)) > 1 for rewards in spread),
+        "truncated": fmean(not completion.stopped for completion in completions),
+        "ungradable": len(completions) - len(rewards),
+        "length_mean": fmean(len(completion.ids) for completion in completions),
+        "length_max": max(len(completion.ids) for completion in completions),
+    }
+
+
+def learning_rate_at(step: int, options: Train) -> float:
+    """Linear warm-up over `warmup_steps`, then constant, or linear or cosine decay to 0 after the last step."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[options.schedule]
+    return options.learning_rate * factor
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: Train) -> torch.optim.Optimizer:
+    """AdamW over the adapter; 8-bit and paged on a card, where they save memory and cannot stall on pages."""
+    kind = options.optimizer
+    if kind == "auto":
+        kind = "paged-adamw-8bit" if parameters[0].is_cuda else "adamw"
+    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes.optim
+
+    return {"adamw-8bit": bitsandbytes.optim.AdamW8bit, "paged-adamw-8bit": bitsandbytes.optim.PagedAdamW8bit}[kind](
+        parameters, **settings
+    )
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    clock[name] = time.perf_counter() - started
+
+
+def _memory() -> dict[str, float]:
+    """MiB: resident memory of the process now, and the card's peak so far."""
+    memory = {"rss_mib": psutil.Process().memory_info().rss / 2**20}
+    if torch.cuda.is_available():
+        memory["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return memory
