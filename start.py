@@ -35,25 +35,20 @@ def problems(extra: str, version=tuple(sys.version_info[:2])) -> list:
     """All that this machine lacks for an installation with `extra`, each with what to do about it."""
     found = []
     if not OLDEST <= version <= NEWEST:
-        needed = (
-            "3.11 or newer" if version < OLDEST else "3.11 to 3.14 (the pinned torch has no build for more)"
-        )
+        needed = "3.11 or newer" if version < OLDEST else "3.11 to 3.14 (more has no build of torch yet)"
         systems = {"darwin": "brew install python@3.12", "win32": "winget install Python.Python.3.12"}
         how = systems.get(sys.platform, "sudo apt install python3.12 python3.12-venv, or your system's like")
         python = "py -3.12" if os.name == "nt" else "python3.12"
-        this = ".".join(map(str, version))
-        again = " ".join(["start.py", *sys.argv[1:]])
+        this, again = ".".join(map(str, version)), " ".join(["start.py", *sys.argv[1:]])
         found.append(
-            f"Python {needed} is needed, this is {this}; install it ({how}) and type: {python} {again}"
+            f"Python {needed} is needed, this is {this}; install it: {how}. Then type: {python} {again}"
         )
     elif not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         found.append("This Python cannot make virtual environments; type: sudo apt install python3-venv")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if extra and os.name == "posix" and not (shutil.which("cc") and header.exists()):
         cure = "xcode-select --install" if sys.platform == "darwin" else "sudo apt install gcc python3-dev"
-        found.append(
-            f"The tests need a C compiler and Python's headers (for reasoning-gym's pycosat); type: {cure}"
-        )
+        found.append(f"The tests need a C compiler and Python.h, for reasoning-gym's pycosat; type: {cure}")
     has_torch = any((*VENV.glob("lib/python3*/site-packages/torch"), *VENV.glob("Lib/site-packages/torch")))
     cuda_build = sys.platform == "linux" and not has_torch  # what pip takes on Linux, card or no card
     needed_gb = 8 if cuda_build else 1 if has_torch else 3
@@ -128,8 +123,8 @@ def idle_card() -> str:
     lines = ["torch cannot use this machine's card; training would silently run on the CPU.", card]
     if cuda == "None":
         lines += [
-            f"torch {version} is built without CUDA (PyPI's torch for Windows always is). Get the install line",
-            "of the CUDA build from https://pytorch.org/get-started/locally and run it inside .venv:",
+            f"torch {version} is built without CUDA (PyPI's torch for Windows always is). Take the install",
+            "line of the CUDA build from https://pytorch.org/get-started/locally and run it inside .venv:",
             f"  {PYTHON} -m pip uninstall -y torch",
             f"  {PYTHON} -m pip install torch=={version.split('+')[0]} ... (the rest as that page says)",
         ]
