@@ -40,9 +40,7 @@ def problems(extra: str, version=tuple(sys.version_info[:2])) -> list:
         how = systems.get(sys.platform, "sudo apt install python3.12 python3.12-venv, or your system's like")
         python = "py -3.12" if os.name == "nt" else "python3.12"
         this, again = ".".join(map(str, version)), " ".join(["start.py", *sys.argv[1:]])
-        found.append(
-            f"Python {needed} is needed, this is {this}; install it: {how}. Then type: {python} {again}"
-        )
+        found.append(f"Python {needed} is needed, this is {this}; install it: {how}. Then type: {python} {again}")
     elif not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         found.append("This Python cannot make virtual environments; type: sudo apt install python3-venv")
     header = Path(sysconfig.get_path("include")) / "Python.h"
@@ -51,7 +49,7 @@ def problems(extra: str, version=tuple(sys.version_info[:2])) -> list:
         found.append(f"The tests need a C compiler and Python.h, for reasoning-gym's pycosat; type: {cure}")
     has_torch = any((*VENV.glob("lib/python3*/site-packages/torch"), *VENV.glob("Lib/site-packages/torch")))
     cuda_build = sys.platform == "linux" and not has_torch  # what pip takes on Linux, card or no card
-    needed_gb = 8 if cuda_build else 1 if has_torch else 3
+    needed_gb = 10 if cuda_build else 1 if has_torch else 3  # with the downloads; CUDA: 5 GB unpacked
     free_gb = shutil.disk_usage(str(ROOT)).free / 1e9
     if free_gb < needed_gb:
         less = ", or put the CPU build of the pinned torch into a .venv here (3 GB do)" if cuda_build else ""
@@ -95,16 +93,16 @@ def pip(*args: str) -> None:
     """`pip install` in .venv: a line for each large download, the end of its output where it fails."""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *args]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, cwd=str(ROOT), **output)
     tail = collections.deque(maxlen=15)
-    for line in process.stdout:
-        tail.append("  " + line)
-        download = re.search(r"(?:Downloading|Using cached) (?:\S*/)?(\S+) \((\S+ [MG]B)\)", line)
-        if download:
-            say("  {1:>9}  {0}".format(*download.groups()))
-        elif line.startswith("Installing collected packages"):
-            say(f"  unpacking {line.count(',') + 1} packages")
-    if process.wait():
+    with subprocess.Popen(command, cwd=str(ROOT), **output) as process:
+        for line in process.stdout:
+            tail.append("  " + line)
+            download = re.search(r"(?:Downloading|Using cached) (?:\S*/)?(\S+) \((\S+ [MG]B)\)", line)
+            if download:
+                say("  {1:>9}  {0}".format(*download.groups()))
+            elif line.startswith("Installing collected packages"):
+                say(f"  unpacking {line.count(',') + 1} packages")
+    if process.returncode:
         STAMP.unlink()  # pip undoes what failed, so this .venv can be used again
         stop(f"pip install {' '.join(args)} failed; mend what it says and try again:\n" + "".join(tail))
 

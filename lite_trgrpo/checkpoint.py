@@ -49,7 +49,9 @@ def save(
         part.replace(final)
         _sync(folder)
     except OSError as error:
-        raise RunError(f"cannot write a checkpoint into {folder}: {error.strerror}; the ones before are intact") from None
+        raise RunError(
+            f"cannot write a checkpoint into {folder}: {error.strerror}; the ones before are intact"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return final
@@ -61,9 +63,7 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in found if _is_whole(path)), None)
 
 
-def load(
-    path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put adapter and optimizer back as they were; -> the state that was saved, `step` in it."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     adapter = load_file(path / "adapter.safetensors")

@@ -23,9 +23,15 @@ app = typer.Typer(
 presets_app = typer.Typer(help="The presets that come with lite-trgrpo.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
 
-PresetOption = Annotated[str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")]
-SetOption = Annotated[list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="train.seed")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a Hub id")]
 
@@ -60,7 +66,9 @@ def train(
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006 (typer copies it)
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,

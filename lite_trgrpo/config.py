@@ -40,7 +40,8 @@ class Model(Section):
         "none", description="nf4: 4-bit base weights with double quantisation (bitsandbytes); none: 16 or 32 bits"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute type of the base; auto: bfloat16 where the card has it, else float16; float32 on CPU"
+        "auto",
+        description="Compute type of the base; auto: bfloat16 where the card has it, else float16; float32 on CPU",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the card if torch can use one")
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank r of the LoRA update")
@@ -103,7 +104,7 @@ class Rewards(Section):
     @classmethod
     def _some_function(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
-            raise ValueError('must name at least one function, e.g. { math = 1.0 }')
+            raise ValueError("must name at least one function, e.g. { math = 1.0 }")
         return value
 
     @model_validator(mode="after")
@@ -120,9 +121,13 @@ class Rollout(Section):
     group_size: int = Field(8, description="Answers a prompt (the paper's G)")
     max_new_tokens: int = Field(256, ge=1, description="Cap of an answer's length (tokens)")
     temperature: float = Field(1.0, gt=0, description="All probabilities are those of softmax(logits / temperature)")
-    top_p: float = Field(1.0, gt=0, le=1, description="Below 1 the sampler is no longer the policy: for experiments only")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Below 1 the sampler is no longer the policy: for experiments only"
+    )
     top_k: int = Field(0, ge=0, description="Above 0 the sampler is no longer the policy: for experiments only")
-    max_rows: int = Field(64, ge=1, description="Answers decoded side by side; lower it when sampling runs out of memory")
+    max_rows: int = Field(
+        64, ge=1, description="Answers decoded side by side; lower it when sampling runs out of memory"
+    )
 
     @field_validator("group_size")
     @classmethod
@@ -146,7 +151,8 @@ class Objective(Section):
         "surrogate", description="surrogate: w outside min and KL; ratio: Eq. 9 as printed, w on the ratio"
     )
     aggregation: Literal["sequence", "token", "constant"] = Field(
-        "sequence", description="Mean over answers of their token means, over all tokens of the step, or over B * max_new_tokens"
+        "sequence",
+        description="Mean over answers of their token means, over all tokens of the step, or over B * max_new_tokens",
     )
     advantage: Literal["grpo", "dr-grpo", "rloo"] = Field("grpo", description="How rewards become advantages")
     clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
@@ -181,7 +187,9 @@ class Eval(Section):
     """The held-out score."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after")
-    rows: int = Field(200, ge=0, description="Held-out rows (at most half of the source when it has no split of its own)")
+    rows: int = Field(
+        200, ge=0, description="Held-out rows (at most half of the source when it has no split of its own)"
+    )
     samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
 

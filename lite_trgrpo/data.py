@@ -38,7 +38,9 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
     texts = {row.text for row in heldout}
     training = [row for row in rows if row.text not in texts]
     if not training:
-        raise DataError(f"{data.source}: no row is left for training after {len(heldout)} were held out; lower eval.rows")
+        raise DataError(
+            f"{data.source}: no row is left for training after {len(heldout)} were held out; lower eval.rows"
+        )
     return training, heldout
 
 
@@ -138,9 +140,7 @@ def _builtin(name: str, data: Data) -> Iterator[Row]:
         yield f"builtin:addition:{i + 1}", row
 
 
-def addition(
-    seed: int, first: Sequence[int] = (10, 59), second: Sequence[int] = (10, 39)
-) -> list[dict[str, str]]:
+def addition(seed: int, first: Sequence[int] = (10, 59), second: Sequence[int] = (10, 39)) -> list[dict[str, str]]:
     """Every sum of a number of `first` and one of `second` (inclusive ranges), once, shuffled."""
     pairs = [(a, b) for a in range(first[0], first[1] + 1) for b in range(second[0], second[1] + 1)]
     random.Random(seed).shuffle(pairs)
@@ -225,7 +225,9 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
             "needs `hf auth login`; one fetched before works with HF_HUB_OFFLINE=1"
         ) from None
     except ValueError as error:  # an unknown subset or split; the library lists those there are
-        raise DataError(f"data set {source}: {str(error).splitlines()[0]}. Look at data.subset and data.split") from None
+        raise DataError(
+            f"data set {source}: {str(error).splitlines()[0]}. Look at data.subset and data.split"
+        ) from None
     for i, row in enumerate(rows):
         yield f"{source}:{split}:{i + 1}", row
 

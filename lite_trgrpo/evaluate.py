@@ -48,10 +48,10 @@ def evaluate(
     prompts = [prompt for _, prompt in heldout]
     greedy = _answers(policy, heldout, prompts, rewards, replace(sampling, members=1, greedy=True))
     sampled = _answers(policy, heldout, prompts, rewards, replace(sampling, members=samples)) if samples else None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, (example, _) in enumerate(heldout):
         completion = greedy[i].completions[0]
-        row = {
+        row: dict[str, Any] = {
             "prompt": example.text,
             "answer": example.columns.get("answer"),
             "greedy": completion.text,

@@ -44,7 +44,9 @@ def progress(total: int) -> Iterator[Any]:
 
 def eval_line(line: Mapping[str, Any]) -> str:
     """`held out after step 50: pass@1 0.700 [0.633, 0.759]  pass@4 ...`"""
-    scores = [f"{name} {_estimate(value)}" for name, value in line.items() if isinstance(value, Mapping) and "low" in value]
+    scores = [
+        f"{name} {_estimate(value)}" for name, value in line.items() if isinstance(value, Mapping) and "low" in value
+    ]
     when = "before training" if line["step"] == 0 else f"after step {line['step']}"
     return (
         f"held out, {when}: {'  '.join(scores)}  truncated {line['truncated']:.0%}  "
@@ -72,7 +74,9 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int
     for column in ("prompt", "gold", "before", "after"):
         answers.add_column(column, overflow="fold")
     for old, new in list(zip(before["rows"], after["rows"], strict=True))[:samples]:
-        answers.add_row(*(Text(plain(str(text))) for text in (new["prompt"], new["answer"], old["greedy"], new["greedy"])))
+        answers.add_row(
+            *(Text(plain(str(text))) for text in (new["prompt"], new["answer"], old["greedy"], new["greedy"]))
+        )
     yield answers
 
 

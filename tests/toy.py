@@ -11,7 +11,7 @@ from lite_trgrpo.logprobs import selected_logprobs
 from lite_trgrpo.records import Completion, Prompt
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 
-VOCABULARY = "0123456789abcdef$"  # "$" ends an answer
+VOCABULARY = "012345abc$"  # "$" ends an answer
 END = VOCABULARY.index("$")
 
 
@@ -22,6 +22,8 @@ class ToyPolicy:
         size = len(VOCABULARY)
         generator = torch.Generator().manual_seed(seed)
         self.base = torch.randn(size, size, generator=generator, dtype=dtype)
+        self.base[:6, 6:] += 2  # after a digit mostly letters, after a letter mostly the end:
+        self.base[6:, END] += 2  # right answers are rare, but they do occur
         self.adapter = nn.Parameter(torch.zeros(size, size, dtype=dtype))
         self.adapter_on = True
         self.calls: list[int] = []  # rows of each forward with gradient
@@ -35,7 +37,9 @@ class ToyPolicy:
 
     @torch.no_grad()
     def sample(self, prompts, sampling):
-        return [[self._answer(p, prompt, m, sampling) for m in range(sampling.members)] for p, prompt in enumerate(prompts)]
+        return [
+            [self._answer(p, prompt, m, sampling) for m in range(sampling.members)] for p, prompt in enumerate(prompts)
+        ]
 
     def _answer(self, number, prompt, member, sampling):
         key = row_keys(sampling.key, np.array([number], dtype=np.uint64), np.array([member], dtype=np.uint64))

@@ -16,7 +16,7 @@ class Template:
         if prompt_format is None and tokenizer.chat_template is None:
             raise ModelError(
                 "the tokenizer has no chat template, so this is a base model: declare how a prompt is written, "
-                'e.g. --set \'model.prompt_format="Question: {prompt}\\nAnswer:"\''
+                "e.g. --set 'model.prompt_format=\"Question: {prompt}\\nAnswer:\"'"
             )
         if prompt_format is not None and "{prompt}" not in prompt_format:
             raise ModelError(f"model.prompt_format {prompt_format!r} does not contain {{prompt}}")

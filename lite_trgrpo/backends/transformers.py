@@ -1,5 +1,6 @@
 """The Policy on transformers, PEFT and bitsandbytes: Linux, macOS and Windows, with or without a card."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,14 +23,22 @@ from lite_trgrpo.rollout.engine import sample_groups
 def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
     """Load the base (quantised where asked), put a LoRA adapter on it, and check that its head can be chunked."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    # bitsandbytes warns of an optional CPU kernel that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = locate(
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        located.folder,
+        trust_remote_code=options.trust_remote_code,
+        clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
+    )
     template = Template(tokenizer, options.prompt_format, options.template_options)
     base = _load_base(located, options, device, dtype)
     torch.manual_seed(seed)
@@ -235,5 +244,3 @@ class TransformersPolicy:
 def _padded(flat: Tensor, lengths: Sequence[int]) -> Tensor:
     """[sum of lengths] -> [B, T], zero beyond each row's length."""
     return nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
-
-

@@ -31,9 +31,7 @@ class Located:
     """The commit that a Hub id resolved to."""
 
 
-def locate(
-    name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool
-) -> Located:
+def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool) -> Located:
     """Find, fetch or convert the base model. Raises ModelError, HubError or MissingPackageError."""
     if name.startswith("package:"):
         return Located(_converted(_in_package(name.removeprefix("package:")), sha256), upstream or name, None)

@@ -121,8 +121,7 @@ def _import(path: Path) -> ModuleType:
     if not path.is_file():
         near = nearest(path.name, sorted(other.name for other in path.parent.glob("*.py")))
         raise RewardError(
-            f"reward file {path} does not exist.{near} "
-            f"Its path starts at the folder the command runs in: {Path.cwd()}"
+            f"reward file {path} does not exist.{near} Its path starts at the folder the command runs in: {Path.cwd()}"
         )
     spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     if spec is None or spec.loader is None:
@@ -134,8 +133,7 @@ def _import(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise RewardError(
-            f"reward file {path} cannot be imported: {type(error).__name__}: {_one_line(error)}. "
-            f"Try: python {path}"
+            f"reward file {path} cannot be imported: {type(error).__name__}: {_one_line(error)}. Try: python {path}"
         ) from error
     return module
 

@@ -32,17 +32,13 @@ def sample_groups(
     `model` is a causal language model of transformers in eval mode. At most `sampling.max_rows` answers are decoded
     side by side; prompts of like length go together, since they are padded to the longest.
     """
-    groups: list[list[Answer]] = [
-        [Answer(p, m, [], []) for m in range(sampling.members)] for p in range(len(prompts))
-    ]
+    groups: list[list[Answer]] = [[Answer(p, m, [], []) for m in range(sampling.members)] for p in range(len(prompts))]
     for wave in _waves(groups, prompts, sampling.max_rows):
         _decode(model, prompts, wave, sampling, end_ids, pad_id)
     return groups
 
 
-def _waves(
-    groups: list[list[Answer]], prompts: Sequence[Sequence[int]], max_rows: int
-) -> Iterator[list[Answer]]:
+def _waves(groups: list[list[Answer]], prompts: Sequence[Sequence[int]], max_rows: int) -> Iterator[list[Answer]]:
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     answers = [answer for p in by_length for answer in groups[p]]
     for start in range(0, len(answers), max_rows):

