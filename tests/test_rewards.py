@@ -20,16 +20,10 @@ from lite_trgrpo.rewards import BUILTINS, Reward, gym, load, score
 ROOT = Path(__file__).parent.parent
 
 
-def group(
-    texts: Sequence[str], prompt: Any = "6 * 7?", prefix: str = "", row: int = 1, **columns: Any
-) -> Group:
+def group(texts: Sequence[str], prompt: Any = "6 * 7?", prefix: str = "", row: int = 1, **columns: Any) -> Group:
     """A group with the given answers; each has as many token ids as characters."""
-    completions = [
-        Completion(tuple(range(len(t))), (True,) * len(t), (-1.0,) * len(t), t, stopped=True) for t in texts
-    ]
-    return Group(
-        Example(prompt, columns, f"data.jsonl:{row}"), Prompt((1, 2), str(prompt), prefix), completions
-    )
+    completions = [Completion(tuple(range(len(t))), (True,) * len(t), (-1.0,) * len(t), t, stopped=True) for t in texts]
+    return Group(Example(prompt, columns, f"data.jsonl:{row}"), Prompt((1, 2), str(prompt), prefix), completions)
 
 
 def reward(function: Callable[..., Any], weight: float = 1.0, name: str = "mine", **options: Any) -> Reward:
@@ -221,8 +215,7 @@ def test_reasoning_gym_gold_answers_have_full_marks(task: str) -> None:
     reasoning_gym = pytest.importorskip("reasoning_gym")
     rows = reasoning_gym.create_dataset(task, size=3, seed=11)
     groups = [
-        group([row["answer"], f"<answer>{row['answer']}</answer>", "zzz"], **row)
-        for row in (rows[i] for i in range(3))
+        group([row["answer"], f"<answer>{row['answer']}</answer>", "zzz"], **row) for row in (rows[i] for i in range(3))
     ]
     for scored in score(groups, load({"reasoning-gym": 1.0}, {})):
         first = scored.rewards[0] if "\n" not in scored.example.columns["answer"] else 1.0
@@ -264,9 +257,7 @@ def test_the_answer_is_never_run_as_code(task: str, tmp_path: Path) -> None:
     row = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
     file = tmp_path / "opened"
     text = f"<answer>{ATTACK.format(path=str(file))}</answer>"
-    (scored,) = score(
-        [group([text, "9**9**9**9**9", "(9**99)**99**99"], **row)], load({"reasoning-gym": 1.0}, {})
-    )
+    (scored,) = score([group([text, "9**9**9**9**9", "(9**99)**99**99"], **row)], load({"reasoning-gym": 1.0}, {}))
     assert not file.exists()
     assert max(scored.rewards) <= 0.05
 
@@ -506,9 +497,7 @@ def test_built_ins_read_chat_completions_and_the_prefix() -> None:
 
 
 def test_a_missing_column_is_named() -> None:
-    with pytest.raises(
-        RewardError, match=r"'number' needs answer.*columns of data.jsonl:1: solution.*data\.answer"
-    ):
+    with pytest.raises(RewardError, match=r"'number' needs answer.*columns of data.jsonl:1: solution.*data\.answer"):
         score([group(["42"], solution="42")], load({"number": 1.0}, {}))
 
 
@@ -564,9 +553,7 @@ def test_tuples_and_arrays_are_lists() -> None:
         assert scored.rewards == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    "returned", [1.0, None, "11", b"11", {"a": 1, "b": 2}, {1.0, 0.0}, (x for x in (1.0, 0.0))]
-)
+@pytest.mark.parametrize("returned", [1.0, None, "11", b"11", {"a": 1, "b": 2}, {1.0, 0.0}, (x for x in (1.0, 0.0))])
 def test_what_is_no_list_is_refused(returned: Any) -> None:
     with pytest.raises(RewardError, match=r"'mine' returned \w+ .*data.jsonl:1.*each of the 2 completions"):
         score([group(["a", "b"])], [reward(lambda completions: returned)])
@@ -574,17 +561,13 @@ def test_what_is_no_list_is_refused(returned: Any) -> None:
 
 @pytest.mark.parametrize("values", [(), (1.0,), (1.0, 1.0, 1.0)])
 def test_a_list_of_another_length_is_never_broadcast(values: tuple[float, ...]) -> None:
-    with pytest.raises(
-        RewardError, match=rf"'mine' returned {len(values)} values for 2 completions.*data.jsonl:1"
-    ):
+    with pytest.raises(RewardError, match=rf"'mine' returned {len(values)} values for 2 completions.*data.jsonl:1"):
         score([group(["a", "b"])], [reward(given(*values))])
 
 
 @pytest.mark.parametrize("value", ["1.0", b"1", [1.0], {}, 1j, 10**400, object()])
 def test_what_is_no_number_is_refused_with_its_sample(value: Any) -> None:
-    with pytest.raises(
-        RewardError, match=rf"'mine' returned {type(value).__name__} .*data.jsonl:2, completion 'bad'"
-    ):
+    with pytest.raises(RewardError, match=rf"'mine' returned {type(value).__name__} .*data.jsonl:2, completion 'bad'"):
         score([group(["good"]), group(["bad"], row=2)], [reward(given(1.0, value))])
 
 
@@ -628,7 +611,7 @@ def test_the_example_gives_gold_full_marks(monkeypatch: pytest.MonkeyPatch) -> N
             row["other"],
             f"{row['answer']}, not {row['other']}",
             "",
-            row["answer"] + " so" * 6,
+            row["answer"] + " so" * 10,
         ]
         (scored,) = score([group(texts, row.pop("prompt"), **row)], rewards)
         assert scored.rewards == (1.0, 0.0, 0.0, 0.0, 0.0)

@@ -63,12 +63,12 @@ class Template:
         return frozenset(ids)
 
     def _turn_end(self) -> int | None:
-        """The special token that the template writes right after an assistant's answer, if any."""
+        """The added (special) token that the template writes right after an assistant's answer, if any."""
         marker = "zzANSWERzz"
         conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": marker}]
         tail = self._render(conversation, add_generation_prompt=False).rpartition(marker)[2]
         ids = self.tokenizer(tail.lstrip(), add_special_tokens=False).input_ids
-        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+        return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
 
 
 def _opened(text: str) -> str:

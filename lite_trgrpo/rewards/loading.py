@@ -64,13 +64,9 @@ def load(functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]
 def _builtin(name: str, weight: float, given: dict[str, Any]) -> Reward:
     """A built-in with all of its options. They are its keyword-only parameters."""
     function = BUILTINS[name]
-    known = {
-        p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    }
+    known = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     _check_options(name, given, list(known))
-    missing = [
-        key for key, default in known.items() if default is inspect.Parameter.empty and key not in given
-    ]
+    missing = [key for key, default in known.items() if default is inspect.Parameter.empty and key not in given]
     if missing:
         raise RewardError(
             f"reward '{name}' needs {' and '.join(missing)}. Type "
@@ -97,14 +93,10 @@ def _from_file(name: str, weight: float, given: dict[str, Any], modules: dict[Pa
         modules[path] = _import(path)
     module = modules[path]
     mine = [
-        key
-        for key, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
     if name.endswith(".py"):
-        raise RewardError(
-            f"reward '{name}' names no function; type {name}:FUNCTION, one of {', '.join(mine)}"
-        )
+        raise RewardError(f"reward '{name}' names no function; type {name}:FUNCTION, one of {', '.join(mine)}")
     function = vars(module).get(attribute)
     if not callable(function):
         found = "is no function" if function is not None else "does not exist"
@@ -141,9 +133,7 @@ def _import(path: Path) -> ModuleType:
 def _check_function(name: str, function: RewardFunction, given: dict[str, Any]) -> None:
     """It must be a plain function whose signature has the options it was given."""
     if inspect.iscoroutinefunction(function):
-        raise RewardError(
-            f"reward '{name}' is `async def`; write a plain `def` that returns a list of numbers"
-        )
+        raise RewardError(f"reward '{name}' is `async def`; write a plain `def` that returns a list of numbers")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):

@@ -8,9 +8,7 @@ from typing import Any
 
 from lite_trgrpo.rewards.text import completion_text
 
-TAIL = (
-    2000  # characters of a completion that the mathematics parser gets to see; the answer stands at the end
-)
+TAIL = 2000  # characters of a completion that the mathematics parser gets to see; the answer stands at the end
 TIMEOUT = 5  # whole seconds that math-verify may take to parse, and again to compare, one answer
 
 # -- number -----------------------------------------------------------------------------------------------
@@ -46,9 +44,7 @@ def number(
     the answer is not gradable.
     """
     return [
-        None
-        if (wanted := _gold_number(gold)) is None
-        else float(wanted in _numbers(completion_text(completion))[-1:])
+        None if (wanted := _gold_number(gold)) is None else float(wanted in _numbers(completion_text(completion))[-1:])
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

@@ -43,9 +43,7 @@ def knights_and_knaves(
     "NAME is a ROLE" is not gradable.
     """
     return [
-        None
-        if gold is None or not (roles := _roles(str(gold)))
-        else _grade(completion_text(completion), roles)
+        None if gold is None or not (roles := _roles(str(gold))) else _grade(completion_text(completion), roles)
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

@@ -54,9 +54,7 @@ def tagged(
     """
     wrong = isinstance(tags, str) or not tags or not all(re.fullmatch(r"[\w-]+", str(tag)) for tag in tags)
     if wrong or len(set(tags)) != len(tags):
-        raise RewardError(
-            f'reward \'format\': tags = {tags!r} must be different plain words, e.g. ["think", "answer"]'
-        )
+        raise RewardError(f'reward \'format\': tags = {tags!r} must be different plain words, e.g. ["think", "answer"]')
     return [float(sections(completion_text(completion), tags) is not None) for completion in completions]
 
 

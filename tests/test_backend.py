@@ -1,0 +1,338 @@
+"""The Policy on real libraries, with random two-layer models: what is sampled is what is trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+
+from lite_trgrpo.backends import transformers as backend
+from lite_trgrpo.backends.template import Template
+from lite_trgrpo.config import Model
+from lite_trgrpo.errors import ModelError
+from lite_trgrpo.records import Sampling
+from tests.tiny import END, KINDS, PAD, tiny_model, tiny_model_folder, tiny_tokenizer
+
+PROMPTS = ["2 + 2", "Ada buys 5 apples and 2 bags with 3 apples in each bag. How many?", "coins"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {kind: tiny_model_folder(root / kind, kind) for kind in KINDS}
+
+
+def policy_of(folder, *, random_adapter=True, gradient_checkpointing=False, **options):
+    """A policy whose adapter already does something (LoRA's B starts at 0)."""
+    policy = backend.load(
+        Model(name=str(folder), lora_rank=4, **options), seed=1, gradient_checkpointing=gradient_checkpointing
+    )
+    if random_adapter:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in policy.trainable().items():
+                if "lora_B" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def sampled(policy, prompts=PROMPTS, **options):
+    encoded = [policy.encode(prompt) for prompt in prompts]
+    settings = {"members": 3, "max_new_tokens": 12, "key": (5,), **options}
+    return encoded, policy.sample(encoded, Sampling(**settings))
+
+
+def plain_logprobs(policy, prompt_ids, ids, temperature):
+    """The reference: one row, no padding, the whole [1, L, V] of the model itself."""
+    row = torch.tensor([prompt_ids + ids])
+    logits = policy.model(input_ids=row, use_cache=False).logits[0].float() / temperature
+    logprobs = torch.log_softmax(logits, -1)[len(prompt_ids) - 1 : -1]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, torch.tensor(ids).unsqueeze(-1)).squeeze(-1), entropy
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampler_and_scorer_agree_with_the_plain_model(folders, kind, quantization):
+    policy = policy_of(folders[kind], quantization=quantization)
+    prompts, groups = sampled(policy, temperature=0.7, members=6, max_new_tokens=40)
+    rows = [(p.ids, c.ids) for p, group in zip(prompts, groups, strict=True) for c in group]
+    logprobs, entropy = policy.logprobs(rows, 0.7)
+    completions = [c for group in groups for c in group]
+    assert len({len(c.ids) for c in completions}) > 1, "rows must be ragged for the test to mean something"
+    for i, ((prompt_ids, ids), completion) in enumerate(zip(rows, completions, strict=True)):
+        expected, expected_entropy = plain_logprobs(policy, prompt_ids, ids, 0.7)
+        torch.testing.assert_close(logprobs[i, : len(ids)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(entropy[i, : len(ids)], expected_entropy, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected.detach(), rtol=1e-4, atol=1e-4)
+        assert (logprobs[i, len(ids) :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers_equal_generate(folders, kind):
+    policy = policy_of(folders[kind])
+    prompts, groups = sampled(policy, members=1, greedy=True, max_new_tokens=20)
+    for prompt, [completion] in zip(prompts, groups, strict=True):
+        ids = torch.tensor([prompt.ids])
+        output = policy.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+            eos_token_id=list(policy.end_ids), pad_token_id=PAD,
+        )  # fmt: skip
+        assert tuple(output[0, len(prompt.ids) :].tolist()) == completion.ids
+        assert completion.stopped == (completion.ids[-1] in policy.end_ids)
+
+
+def test_rows_side_by_side_never_matter(folders):
+    policy = policy_of(folders["qwen2"])
+    answers = [[[c.ids for c in g] for g in sampled(policy, max_rows=rows, members=4)[1]] for rows in (1, 3, 5, 64)]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert len({ids for group in answers[0] for ids in group}) > 6, "members of a group are different draws"
+
+
+def test_the_first_end_token_is_in_and_nothing_after_it(folders):
+    policy = policy_of(folders["llama"])
+    _, groups = sampled(policy, members=16, max_new_tokens=40)
+    completions = [c for group in groups for c in group]
+    assert any(c.stopped for c in completions) and not all(c.stopped for c in completions)
+    for completion in completions:
+        ends = [i for i, token in enumerate(completion.ids) if token in policy.end_ids]
+        assert ends == ([len(completion.ids) - 1] if completion.stopped else [])
+        assert completion.stopped or len(completion.ids) == 40
+
+
+def lora_gradient(policy, rows):
+    for parameter in policy.trainable().values():
+        parameter.grad = None
+    policy.logprobs(rows, 1.0)[0].sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_nf4_gradients_survive_sampling(folders):
+    """bitsandbytes 0.50 on CPUs with avx512_bf16: after one forward in eval mode the gradient through the base was
+    lost without a word (relative error 0.997), which is exactly the order sample, then train."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    quantised = policy_of(folders["qwen2"], quantization="nf4")
+    plain = policy_of(folders["qwen2"])
+    modules = dict(plain.model.named_modules())
+    layers = 0
+    for name, module in quantised.model.named_modules():
+        if isinstance(module, Linear4bit):
+            with torch.no_grad():
+                modules[name].weight.copy_(dequantize_4bit(module.weight, module.weight.quant_state))
+            layers += 1
+    assert layers == 14  # seven linear layers in each of two blocks
+    prompts, groups = sampled(quantised)
+    rows = [(p.ids, c.ids) for p, group in zip(prompts, groups, strict=True) for c in group]
+    assert relative_error(lora_gradient(quantised, rows), lora_gradient(plain, rows)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(folders, kind):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = policy_of(folders[kind], gradient_checkpointing=checkpointing)
+        prompts, groups = sampled(policy)
+        gradients.append(
+            lora_gradient(policy, [(prompts[0].ids, groups[0][0].ids), (prompts[1].ids, groups[1][0].ids)])
+        )
+        assert sampled(policy)[1] == groups, "sampling after a backward is as before"
+    assert relative_error(*gradients) < 1e-6
+
+
+def test_reference_is_the_base(folders):
+    policy = policy_of(folders["qwen2"])
+    fresh = policy_of(folders["qwen2"], random_adapter=False)
+    rows = [(policy.encode("2 + 2").ids, (30, 40, 50))]
+    with torch.no_grad(), policy.reference():
+        off = policy.logprobs(rows, 1.0)[0]
+    on = policy.logprobs(rows, 1.0)[0]
+    torch.testing.assert_close(off, fresh.logprobs(rows, 1.0)[0].detach(), rtol=0, atol=1e-6)
+    assert (on - off).abs().max() > 1e-3
+
+
+def test_adapter_is_fp32_whatever_the_base(folders):
+    policy = policy_of(folders["qwen2"], dtype="bfloat16")
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+    assert policy.dtype == torch.bfloat16
+    prompts, groups = sampled(policy)
+    assert torch.isfinite(lora_gradient(policy, [(prompts[0].ids, groups[0][0].ids)])).all()
+
+
+def test_saved_adapter_is_plain_peft(folders, tmp_path):
+    policy = policy_of(folders["qwen2"], upstream="Someone/Base-1B")
+    policy.save_adapter(tmp_path / "adapter")
+    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "Someone/Base-1B"
+    other = PeftModel.from_pretrained(tiny_model("qwen2"), tmp_path / "adapter")
+    ids = torch.tensor([policy.encode("2 + 2").ids])
+    with torch.no_grad():
+        ours, theirs = policy.model(input_ids=ids).logits, other(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    again = policy_of(folders["qwen2"], random_adapter=False, adapter=str(tmp_path / "adapter"))
+    assert again.trainable().keys() == policy.trainable().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.trainable().values(), policy.trainable().values(), strict=True))
+
+
+def test_adapter_names_its_base_folder(folders, tmp_path):
+    """Without an upstream id the adapter still finds its base: PEFT alone loads both."""
+    policy = policy_of(folders["llama"])
+    policy.save_adapter(tmp_path / "adapter")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.get_base_model().config.model_type == "llama"
+
+
+# -- prompts and end tokens ---------------------------------------------------------------------------------
+
+
+def test_prompt_is_tokenised_once_with_its_template(folders):
+    policy = policy_of(folders["qwen2"], random_adapter=False)
+    prompt = policy.encode([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}])
+    assert prompt.text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert policy.template.tokenizer.decode(prompt.ids) == prompt.text
+    assert prompt.prefix == ""
+
+
+def with_bos(template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"):
+    """A tokenizer that adds a BOS by itself, with a template that writes one too."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt_format", [None, "Question: {prompt}\nAnswer:"])
+def test_one_bos(prompt_format):
+    tokenizer = with_bos()
+    prompt = Template(tokenizer, prompt_format, {}).encode("2 + 2")
+    assert prompt.ids.count(tokenizer.bos_token_id) == 1
+    assert prompt.ids[0] == tokenizer.bos_token_id
+
+
+def test_declared_format_for_bases():
+    template = Template(tiny_tokenizer(), "{system}\nQ: {prompt}\nA:", {})
+    messages = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": "{prompt}?"}]
+    assert template.encode(messages).text == "Be {brief}.\nQ: {prompt}?\nA:"
+
+
+def test_opened_think_is_the_rewards_business():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt and thinking %}<think>\n{% endif %}"
+    assert Template(tokenizer, None, {"thinking": True}).encode("2 + 2").prefix == "<think>\n"
+    assert Template(tokenizer, None, {"thinking": False}).encode("2 + 2").prefix == ""
+
+
+class Declared:
+    """A generation config as far as it matters here."""
+
+    def __init__(self, eos):
+        self.eos_token_id = eos
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "declared", "expected"),
+    [
+        ("<|im_end|>", END, {END}),
+        ("<|endoftext|>", PAD, {PAD, END}),  # the template ends a turn with <|im_end|>, whatever the tokenizer says
+        ("<|im_end|>", [PAD, 77], {END, PAD, 77}),
+        ("<|endoftext|>", None, {PAD, END}),
+    ],
+)
+def test_end_tokens_are_the_union(eos_token, declared, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = eos_token
+    assert Template(tokenizer, None, {}).end_ids(Declared(declared)) == expected
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_refused_with_the_way_out(folders, tmp_path):
+    qwen = folders["qwen2"]
+    broken = shutil.copytree(qwen, tmp_path / "broken")
+    (broken / "config.json").write_text('{"model_type": "no-such-model"}')
+    pickled = shutil.copytree(qwen, tmp_path / "pickled")
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    cases = [
+        ({"name": "no/such/folder"}, "is not a folder here"),
+        ({"name": str(tmp_path)}, "no config.json"),
+        ({"name": "missing.gguf"}, "no file missing.gguf"),
+        ({"name": "package:json/tokens.gguf"}, "no file 'tokens.gguf'"),
+        ({"name": str(broken)}, "is no model that transformers knows"),
+        ({"name": str(pickled)}, "could not be loaded"),
+        ({"name": str(qwen), "lora_targets": ["nothing"]}, "model.lora_targets"),
+        ({"name": str(folders["llama"]), "lora_targets": ["q_proj", "lm_head"]}, "must stay frozen"),
+        ({"name": str(qwen), "prompt_format": "no place"}, "does not contain {prompt}"),
+        ({"name": str(qwen), "adapter": str(tmp_path)}, "is no LoRA adapter"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"name": str(qwen), "device": "cuda"}, "--set model.device=cpu"))
+    for options, message in cases:
+        with pytest.raises(ModelError) as caught:
+            backend.load(Model(**options), seed=0)
+        assert message in str(caught.value), options
+
+
+def test_no_chat_template_asks_for_a_format():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match=r"model\.prompt_format"):
+        Template(tokenizer, None, {})
+
+
+def test_a_template_that_refuses_a_role_says_so():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    )
+    with pytest.raises(ModelError, match=r"System role not supported.*data\.system"):
+        Template(tokenizer, None, {}).encode([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+
+
+def test_context_overflow_is_an_error_before_sampling(folders):
+    with pytest.raises(ModelError, match=r"lower data\.max_prompt_tokens or rollout\.max_new_tokens"):
+        sampled(policy_of(folders["qwen2"]), max_new_tokens=2048)
+
+
+def test_logits_scaled_after_the_head_are_noticed(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.2, bos_token_id=None, eos_token_id=END,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="changes its logits after the output head"):
+        backend.load(Model(name=str(tmp_path)), seed=0)
+
+
+def test_soft_capped_logits_are_followed(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, final_logit_softcapping=3.0, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=END, pad_token_id=PAD, sliding_window=8,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = backend.load(Model(name=str(tmp_path)), seed=0)
+    prompt = policy.encode("2 + 2").ids
+    expected, _ = plain_logprobs(policy, prompt, (30, 40, 50), 1.0)
+    torch.testing.assert_close(policy.logprobs([(prompt, (30, 40, 50))], 1.0)[0][0], expected, rtol=1e-5, atol=1e-5)

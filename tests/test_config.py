@@ -1,0 +1,393 @@
+"""Options: where a value comes from, what is refused and how it is said, presets, and TOML there and back."""
+
+import ast
+import math
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lite_trgrpo import config as options
+from lite_trgrpo.errors import ConfigError
+
+PACKAGE = Path(options.__file__).parent
+PRESETS = list(options.presets())
+ALL = [(section, key) for section, model in options.SECTIONS.items() for key in model.model_fields]
+MINIMAL = ["model.name=toy", "data.source=toy.jsonl"]
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "own.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(*overrides: str) -> list[str]:
+    """The lines of the error that a run with these overrides ends with."""
+    with pytest.raises(ConfigError) as caught:
+        options.load(overrides=[*MINIMAL, *overrides])
+    return str(caught.value).splitlines()
+
+
+# -- where a value comes from -------------------------------------------------------------------------------
+
+
+def test_each_layer_wins_over_the_one_before(toml):
+    """Layer by layer over one option: default 200, preset 50, file 7, --set 8, named flag 9."""
+    layers = {"preset": "demo", "file": toml("[train]\nsteps = 7\n"), "overrides": ["train.steps=8"]}
+    given, found = {}, [options.load(overrides=MINIMAL).train.steps]
+    for name, value in [*layers.items(), ("named", {"train.steps": 9})]:
+        given[name] = value
+        found.append(options.load(**given).train.steps)
+    assert found == [200, 50, 7, 8, 9]
+
+
+def test_a_layer_leaves_alone_what_it_does_not_name(toml):
+    config = options.load("demo", toml("[train]\nseed = 5\n"), ["train.warmup_steps=3"], {"train.steps": 2})
+    assert config.train == options.load("demo").train.model_copy(update={"seed": 5, "warmup_steps": 3, "steps": 2})
+    assert config.model == options.load("demo").model
+
+
+def test_of_two_overrides_the_later_wins():
+    assert options.load("demo", overrides=["train.steps=3", "train.steps=4"]).train.steps == 4
+
+
+def test_a_named_flag_that_was_not_given_changes_nothing():
+    assert options.load("demo", named={"train.steps": None, "model.adapter": None}) == options.load("demo")
+
+
+def test_zero_is_a_value_and_not_a_flag_that_was_not_given():
+    assert options.load("demo", overrides=["train.seed=3"], named={"train.seed": 0}).train.seed == 0
+
+
+@pytest.mark.parametrize("by", ["file", "set"])
+def test_a_table_is_replaced_as_a_whole(by, toml):
+    """The demo scores with `number`; who asks for `exact` alone must not get both."""
+    if by == "file":
+        config = options.load("demo", toml("[rewards]\nfunctions = { exact = 0.5 }\n"))
+    else:
+        config = options.load("demo", overrides=["rewards.functions={exact = 0.5}"])
+    assert config.rewards.functions == {"exact": 0.5}
+
+
+def test_loading_does_not_change_the_defaults():
+    options.load("demo", overrides=["data.options={first = [1, 2]}"]).data.options["first"] = None
+    assert options.load("demo").data.options == {}
+
+
+# -- values of --set ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("train.steps=12", 12),
+        ("train.steps = 12", 12),
+        ("train.learning_rate=2e-5", 2e-5),
+        ("train.learning_rate=.5", ".5"),  # no TOML number; pydantic reads it as one
+        ("train.gradient_checkpointing=true", True),
+        ("model.name=Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ('model.name="Qwen/Qwen2.5-0.5B-Instruct"', "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("model.name=C:\\models\\tiny", "C:\\models\\tiny"),
+        ("model.prompt_format=Q: {prompt}", "Q: {prompt}"),
+        ('model.prompt_format="Q: {prompt}\\nA:"', "Q: {prompt}\nA:"),
+        ("data.system=a = b", "a = b"),  # only the first = parts name and value
+        ("data.answer=", ""),
+        ("data.answer=''", ""),
+        ('model.lora_targets=["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+        ("data.options={first = [1, 2]}", {"first": [1, 2]}),
+        ("rewards.functions={'own.py:f' = 1}", {"own.py:f": 1}),
+        ("rewards.functions.exact=1", 1),
+    ],
+)
+def test_an_override_is_toml_and_what_is_no_toml_is_a_string(text, value):
+    section, key, got = options.parse_override(text)
+    assert (got, type(got)) == (value, type(value))
+    assert f"{section}.{key}" == text.partition("=")[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("train.learning_rate=.5", 0.5), ("train.learning_rate=1", 1.0), ("train.gradient_checkpointing=True", True)],
+)
+def test_numbers_and_booleans_arrive_in_the_type_of_the_option(override, value):
+    section, key, _ = options.parse_override(override)
+    got = getattr(getattr(options.load("demo", overrides=[override]), section), key)
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["train.steps", "steps=3", "=3", ".steps=3", "train.=3", ""])
+def test_an_override_in_another_form_says_how_it_is_written(text):
+    with pytest.raises(ConfigError, match=r"--set .* is not section\.key=value, e\.g\. --set train\.learning_rate="):
+        options.parse_override(text)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("trian.steps=3", "unknown section 'trian'. Did you mean 'train'? Allowed: model, data, rewards, rollout, "),
+        ("train.step=3", "unknown option 'train.step'. Did you mean 'steps'? Allowed: steps, prompts_per_step, "),
+        ("rollout.temprature=1", "unknown option 'rollout.temprature'. Did you mean 'temperature'? Allowed: "),
+        ("eval.zzzzzz=1", "unknown option 'eval.zzzzzz'. Allowed: every, rows, samples, max_new_tokens"),
+        ("train.steps.x=1", "unknown option 'train.steps.x'. Did you mean 'steps'? Allowed: "),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_that_are_allowed(override, line):
+    [problem] = problems(override)
+    assert problem.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.group_size=1", r"rollout\.group_size = 1: must be at least 2: an answer is judged against"),
+        ("rollout.group_size=-3", r"rollout\.group_size = -3: must be at least 2"),
+        ("model.lora_dropout=0.1", r"model\.lora_dropout = 0\.1: must be 0: with dropout .* ratio .* Remove the line"),
+        ("train.steps=0", r"train\.steps = 0: input should be greater than or equal to 1"),
+        ("train.steps=1.5", r"train\.steps = 1\.5: input should be a valid integer"),
+        ("train.learning_rate=0", r"train\.learning_rate = 0: input should be greater than 0"),
+        ("train.learning_rate=fast", r'train\.learning_rate = "fast": input should be a valid number'),
+        ("train.schedule=cosin", r"""train\.schedule = "cosin": input should be 'constant', 'linear' or 'cosine'"""),
+        ("model.quantization=int8", r"""model\.quantization = "int8": input should be 'none' or 'nf4'"""),
+        ("rollout.top_p=0", r"rollout\.top_p = 0: input should be greater than 0"),
+        ("rollout.top_p=1.1", r"rollout\.top_p = 1\.1: input should be less than or equal to 1"),
+        ("objective.clip_low=1", r"objective\.clip_low = 1: input should be less than 1"),
+        ("objective.beta=-0.1", r"objective\.beta = -0\.1: input should be greater than or equal to 0"),
+        ("rewards.functions={}", r"rewards\.functions = \{\}: must name at least one function, e\.g\. \{ math = 1\.0"),
+        ("rewards.options={math={}}", r"rewards.*: options for \['math'\] but functions only has \['exact'\]"),
+        ("model.name=", r'model\.name = "": '),
+        ("data.source=''", r'data\.source = "": '),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_what_is_allowed(override, line):
+    [problem] = problems(override)
+    assert re.match(line, problem), problem
+
+
+@pytest.mark.parametrize("option", ["train.learning_rate", "rollout.temperature", "objective.alpha"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_nan_and_infinity_are_no_settings(option, value):
+    """TOML can write both, and a comparison such as > 0 lets infinity through."""
+    [problem] = problems(f"{option}={value}")
+    assert problem.startswith(f"{option} = ")
+
+
+def test_a_seed_that_the_generators_cannot_take_is_refused_before_the_run():
+    """Counters of the sampler are 64 bits wide, torch.manual_seed too: a longer number would end in a traceback."""
+    [problem] = problems(f"train.seed={2**64}")
+    assert problem.startswith("train.seed = ")
+
+
+def test_weight_bounds_the_wrong_way_round_are_refused():
+    """torch.clamp(low=2, high=1.4) gives 1.4 everywhere and no error: token weights would be off, silently."""
+    [problem] = problems("objective.low=2")
+    assert "objective" in problem and "low" in problem and "high" in problem
+
+
+def test_a_problem_names_the_option_as_it_is_written_and_once():
+    """An option of two types (a string or a list) is one option: no `model.lora_targets.list[str]`."""
+    [problem] = problems("model.lora_targets=5")
+    assert problem.startswith("model.lora_targets = 5: ")
+
+
+@pytest.mark.parametrize("override", ["model.revision=1234567", "data.system=2024-01-01"])
+def test_a_string_that_looks_like_a_number_or_a_date_arrives_or_is_answered_with_the_quotes_to_type(override):
+    """A short commit of digits only is TOML for a number; 'input should be a valid string' leaves a person puzzled."""
+    section, key, _ = options.parse_override(override)
+    value = override.partition("=")[2]
+    try:
+        config = options.load("demo", overrides=[override])
+    except ConfigError as error:
+        assert f'"{value}"' in str(error).partition(":")[2], error
+    else:
+        assert getattr(getattr(config, section), key) == value
+
+
+def test_all_problems_are_reported_at_once_one_a_line(toml):
+    file = toml("[train]\nsteps = -1\nlearning_rat = 1\n\n[rollout]\ngroup_size = 1\n\n[trainer]\nsteps = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        options.load(None, file, ["model.lora_dropout=0.5", "data.source=x.jsonl"])
+    lines = str(caught.value).splitlines()
+    for start in (
+        "model.name is not set", "model.lora_dropout = 0.5", "train.steps = -1", "unknown option 'train.learning_rat'",
+        "rollout.group_size = 1", "unknown section 'trainer'",
+    ):  # fmt: skip
+        assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ([], ["model.name is not set. Type --preset NAME, or --set model.name=...",
+              "data.source is not set. Type --preset NAME, or --set data.source=..."]),
+        (["model.name=toy"], ["data.source is not set. Type --preset NAME, or --set data.source=..."]),
+        (["model.name=toy", "data.split=test"], ["data.source is not set. Type --set data.source=..."]),
+    ],
+)  # fmt: skip
+def test_what_has_no_default_says_what_to_type(given, lines):
+    with pytest.raises(ConfigError) as caught:
+        options.load(overrides=given)
+    assert str(caught.value).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 3\n", r"'steps' stands outside a section; sections are \['model', 'data'"),
+        ("[train\n", r"own\.toml is not valid TOML: .*line 1"),
+        ("[train]\nsteps = \n", r"own\.toml is not valid TOML: .*line 2"),
+    ],
+)
+def test_a_broken_file_says_where(toml, text, message):
+    with pytest.raises(ConfigError, match=message):
+        options.load("demo", toml(text))
+
+
+def test_a_file_that_is_not_utf8_is_no_traceback(tmp_path):
+    (tmp_path / "own.toml").write_bytes(b"[data]\nsystem = '\xff'\n")
+    with pytest.raises(ConfigError, match=r"own\.toml is not valid TOML"):
+        options.load("demo", tmp_path / "own.toml")
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_file_that_cannot_be_read_says_so(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"cannot read config .*\. Give an existing \.toml file"):
+        options.load("demo", tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("dmo", " Did you mean 'demo'?"), ("Math-4b", " Did you mean 'math-4b'?")])
+def test_an_unknown_preset_is_answered_with_the_nearest_and_all(name, meant):
+    with pytest.raises(ConfigError) as caught:
+        options.load(name)
+    assert str(caught.value) == f"no preset '{name}'.{meant} There are: {', '.join(PRESETS)}"
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed", "text"),
+    [
+        ("grop", ["group", "drop"], " Did you mean 'group'?"),
+        ("seed", ["seed"], " Did you mean 'seed'?"),
+        ("xyz", ["group", "drop"], ""),
+        ("", ["group"], ""),
+        ("group", [], ""),
+    ],
+)
+def test_nearest_says_nothing_where_nothing_is_near(word, allowed, text):
+    assert options.nearest(word, allowed) == text
+
+
+# -- presets ------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_among_the_presets_in_the_order_of_names():
+    assert "demo" in PRESETS and sorted(PRESETS) == PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads_and_says_who_it_is_for(name):
+    head = options.head_comment(options.preset_path(name))
+    config = options.load(name)
+    assert {"teaches", "base", "licence", "card", "time"} <= head.keys()
+    assert all(head.values())
+    assert head["licence"] == "Apache-2.0"
+    assert (config.model.upstream or config.model.name).rpartition("/")[2] in head["base"]
+    assert ("4-bit" in head["base"]) == (config.model.quantization == "nf4")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_head_of_a_preset_names_the_packages_that_it_needs(name):
+    source = options.load(name).data.source
+    needs = options.head_comment(options.preset_path(name)).get("needs", "")
+    assert ("lite-trgrpo[data]" in needs) == (not source.startswith("builtin:"))
+
+
+def test_a_head_comment_may_run_over_lines(toml):
+    path = toml("# Teaches: a thing\n#          and another.\n# Card:    6 GB\n\n# Late: not in the head\n[train]\n")
+    assert options.head_comment(path) == {"teaches": "a thing and another.", "card": "6 GB"}
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_written_preset_reads_back_equal(name, toml):
+    config = options.load(name)
+    assert options.load(file=toml(options.to_toml(config))) == config
+
+
+def test_every_kind_of_value_reads_back_equal(toml):
+    config = options.load("demo", overrides=[
+        'model.prompt_format="Q: {prompt}\\n\\"A\\": \\\\ é"', 'model.lora_targets=["q_proj"]',
+        "model.template_options={enable_thinking = false}", "data.options={first = [1, 2], deep = {x = [{y = 1.5}]}}",
+        "rewards.functions={number = 1, 'own.py:my reward' = -0.5}", "rewards.options={'own.py:my reward' = {a = ''}}",
+        "train.learning_rate=1.2345678901234567e-7", "eval.max_new_tokens=5",
+    ])  # fmt: skip
+    assert options.load(file=toml(options.to_toml(config))) == config
+
+
+def test_options_that_are_unset_have_no_line():
+    written = tomllib.loads(options.to_toml(options.load(overrides=MINIMAL)))
+    unset = {(section, key) for section, key in ALL if options.SECTIONS[section].model_fields[key].default is None}
+    assert ("eval", "max_new_tokens") in unset
+    assert {(section, key) for section, values in written.items() for key in values} == set(ALL) - unset
+
+
+# -- each option in one place -------------------------------------------------------------------------------
+
+
+def test_sections_and_config_name_the_same():
+    assert {name: field.annotation for name, field in options.Config.model_fields.items()} == options.SECTIONS
+
+
+@pytest.mark.parametrize(("section", "key"), ALL)
+def test_every_option_has_a_description(section, key):
+    description = options.SECTIONS[section].model_fields[key].description
+    assert description and len(description) >= 8
+    assert description[0].isupper() or description.startswith(("auto", "nf4", "surrogate", "alpha", "kappa", "eps_"))
+    assert not description.endswith(".")
+
+
+@pytest.mark.parametrize("section", options.SECTIONS)
+def test_every_section_has_a_description_of_its_own(section):
+    assert options.SECTIONS[section].__doc__ not in (None, "", options.Section.__doc__)
+
+
+def test_a_description_stands_nowhere_else_in_the_package():
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "config.py"}
+    descriptions = [options.SECTIONS[section].model_fields[key].description or "" for section, key in ALL]
+    assert not [(d, path.name) for d in descriptions if len(d) > 25 for path, text in texts.items() if d in text]
+
+
+def test_every_option_is_read_by_the_code():
+    """An option that nothing reads would promise what does not happen. Only lora_dropout is there to be refused."""
+    read = {
+        node.attr
+        for path in PACKAGE.rglob("*.py") if path.name != "config.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    }  # fmt: skip
+    assert [f"{section}.{key}" for section, key in ALL if key not in read] == ["model.lora_dropout"]
+
+
+def test_the_paper_is_the_default():
+    """alpha 2, kappa 9 (its tau), w in [1, 1.4], both epsilons 0.2, temperature 1, no top-p."""
+    config = options.load(overrides=MINIMAL)
+    objective = config.objective
+    assert (objective.weights, objective.alpha, objective.kappa) == ("offset", 2.0, 9.0)
+    assert (objective.low, objective.high, objective.clip_low, objective.clip_high) == (1.0, 1.4, 0.2, 0.2)
+    assert (objective.placement, objective.aggregation, objective.advantage) == ("surrogate", "sequence", "grpo")
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (1.0, 1.0, 0)
+    assert math.isclose(objective.beta, 0.0)
+
+
+def test_a_config_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        options.load("demo").train.steps = 3
