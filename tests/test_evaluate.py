@@ -1,0 +1,207 @@
+"""Held-out scores: the intervals by hand, and what pass@1 and pass@k count."""
+
+import math
+from fractions import Fraction
+
+import pytest
+
+from lite_trgrpo.evaluate import Z, evaluate, paired_gain, wilson
+from lite_trgrpo.records import Completion, Example, Prompt, Sampling
+from lite_trgrpo.rewards import load as load_rewards
+from tests.toy import ToyPolicy
+
+EXACT = load_rewards({"exact": 1.0}, {})
+
+
+def flags(solved: int, n: int) -> list[bool]:
+    return [True] * solved + [False] * (n - solved)
+
+
+# -- intervals ----------------------------------------------------------------------------------------------
+
+
+def test_z_leaves_two_and_a_half_percent_on_each_side():
+    assert math.erfc(Z / math.sqrt(2)) == pytest.approx(0.05, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solved", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775327998628892),  # z^2 / (n + z^2) = 3.8414588 / 13.8414588
+        (10, 10, 0.7224672001371107, 1.0),  # n / (n + z^2)
+        (5, 10, 0.2365930905, 0.7634069095),  # 1/2 -+ z / (2 sqrt(n + z^2)) = 0.5 -+ 0.9799820 / 3.7204111
+        (1, 1, 0.2065493143772375, 1.0),  # 1 / (1 + z^2)
+    ],
+)
+def test_wilson_gives_the_known_values(solved, n, low, high):
+    result = wilson(flags(solved, n))
+    assert result["value"] == solved / n
+    assert (result["low"], result["high"]) == pytest.approx((low, high), rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("solved", "n"), [(0, 1), (1, 3), (0, 10), (3, 10), (10, 10), (17, 200), (199, 200), (200, 200)]
+)
+def test_the_ends_of_wilson_are_the_shares_that_lie_z_standard_errors_away(solved, n):
+    """Its definition, in exact fractions: both ends x solve (p - x)^2 = z^2 x (1 - x) / n."""
+    result = wilson(flags(solved, n))
+    p, z = Fraction(solved, n), Fraction(Z)
+    ends = Fraction(result["low"]), Fraction(result["high"])
+    for end in ends:
+        assert float((p - end) ** 2 - z * z * end * (1 - end) / n) == pytest.approx(0, abs=1e-15)
+    assert 0 <= ends[0] <= p <= ends[1] <= 1 and ends[0] < ends[1]
+
+
+def test_wilson_does_not_depend_on_the_order():
+    assert wilson([True, False, False]) == wilson([False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "mean", "half"),
+    [
+        # differences 1, 0, 0, 0: mean 1/4, variance ((3/4)^2 + 3 (1/4)^2) / 3 = 1/4, half = z sqrt(1/16) = z / 4
+        ([0, 0, 1, 1], [1, 0, 1, 1], 0.25, Z / 4),
+        # -1, 0, 0, 0: the mirror
+        ([1, 0, 1, 1], [0, 0, 1, 1], -0.25, Z / 4),
+        # 1, -1: mean 0, variance 2, half = z sqrt(2 / 2)
+        ([0, 1], [1, 0], 0.0, Z),
+        # equal differences: no spread
+        ([1, 0, 1], [1, 0, 1], 0.0, 0.0),
+        ([0, 0, 0], [1, 1, 1], 1.0, 0.0),
+        ([0], [1], 1.0, 0.0),
+    ],
+)
+def test_the_paired_gain_by_hand(before, after, mean, half):
+    gain = paired_gain([bool(b) for b in before], [bool(a) for a in after])
+    assert gain["value"] == mean
+    assert (gain["low"], gain["high"]) == pytest.approx((mean - half, mean + half), rel=1e-12, abs=1e-15)
+
+
+def test_pairing_is_narrower_than_two_shares_apart():
+    """The same 40 % and 50 %, first with 90 of 100 rows alike, then with the rows shuffled against each other."""
+    before = flags(40, 100)
+    alike, apart = paired_gain(before, flags(50, 100)), paired_gain(before, flags(50, 100)[::-1])
+    assert alike["value"] == pytest.approx(apart["value"]) == pytest.approx(0.1)
+    assert alike["high"] - alike["low"] < (apart["high"] - apart["low"]) / 2
+
+
+def test_pairs_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="shorter|longer"):
+        paired_gain([True], [True, False])
+
+
+# -- what is counted ----------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Answers word for word: greedy ones from one list, sampled ones from another. "..." at the end is cut off."""
+
+    def __init__(self, greedy: list[str], sampled: list[list[str]]) -> None:
+        self.script = {True: [[text] for text in greedy], False: sampled}
+        self.asked: list[Sampling] = []
+
+    def sample(self, prompts, sampling):
+        self.asked.append(sampling)
+        return [[self._completion(text) for text in texts] for texts in self.script[sampling.greedy]]
+
+    @staticmethod
+    def _completion(text):
+        length = len(text)
+        return Completion((1,) * length, (True,) * length, (0.0,) * length, text, not text.endswith("..."))
+
+
+HELDOUT = [(Example(f"q{i}", {"answer": gold}, f"t:{i}"), Prompt((i,), f"<q{i}>")) for i, gold in enumerate("abcd")]
+SCRIPT = Scripted(
+    ["a", "x", "c", "long..."],
+    [["a", "a", "x"], ["x", "b", "x"], ["x", "x", "x"], ["x", "x...", "x"]],
+)
+SAMPLING = Sampling(members=1, max_new_tokens=8, temperature=0.7, key=(3, 1))
+
+
+def scores(samples: int = 3, rewards=EXACT, solved_at: float = 1.0) -> dict:
+    SCRIPT.asked.clear()
+    return evaluate(SCRIPT, HELDOUT, rewards, SAMPLING, samples=samples, solved_at=solved_at)
+
+
+def test_pass_1_is_the_share_of_solved_greedy_answers():
+    assert scores()["pass@1"] == wilson([True, False, True, False])
+
+
+def test_pass_k_is_the_share_of_rows_with_a_solved_sample():
+    """Rows 0 and 1 have one at least; that the greedy answer of row 2 is right does not count here."""
+    assert scores()["pass@3"] == wilson([True, True, False, False])
+
+
+def test_sampled_pass_1_is_the_share_of_solved_samples():
+    assert scores()["pass@1_sampled"] == 3 / 12
+
+
+def test_truncation_and_length_are_those_of_the_greedy_answers():
+    assert scores()["truncated"] == 1 / 4
+    assert scores()["length_mean"] == (1 + 1 + 1 + 7) / 4
+
+
+def test_rows_say_what_was_asked_answered_and_solved():
+    assert scores()["rows"][1:] == [
+        {"prompt": "q1", "answer": "b", "greedy": "x", "stopped": True, "tokens": 1, "solved": False, "samples_solved": 1},
+        {"prompt": "q2", "answer": "c", "greedy": "c", "stopped": True, "tokens": 1, "solved": True, "samples_solved": 0},
+        {"prompt": "q3", "answer": "d", "greedy": "long...", "stopped": False, "tokens": 7, "solved": False,
+         "samples_solved": 0},
+    ]  # fmt: skip
+
+
+def test_it_asks_once_greedily_and_once_for_the_samples_with_all_else_unchanged():
+    scores()
+    greedy, sampled = SCRIPT.asked
+    assert (greedy.greedy, greedy.members) == (True, 1)
+    assert (sampled.greedy, sampled.members) == (False, 3)
+    for asked in (greedy, sampled):
+        assert (asked.temperature, asked.key, asked.max_new_tokens) == (0.7, (3, 1), 8)
+
+
+def test_without_samples_only_the_greedy_answer_is_asked_for():
+    result = scores(samples=0)
+    assert len(SCRIPT.asked) == 1
+    assert result.keys() == {"pass@1", "truncated", "length_mean", "rows"}
+    assert "samples_solved" not in result["rows"][0]
+
+
+def test_one_sample_does_not_replace_the_greedy_score():
+    """With k = 1 the sampled pass@k has the name of the greedy pass@1."""
+    one = Scripted(["a", "x", "c", "long..."], [["x"], ["x"], ["x"], ["x"]])
+    result = evaluate(one, HELDOUT, EXACT, SAMPLING, samples=1, solved_at=1.0)
+    assert result["pass@1"] == wilson([True, False, True, False])
+    assert result["pass@1_sampled"] == 0
+
+
+def test_solved_is_what_the_first_function_says():
+    """The second gives 0 to every short answer; the sum of both would be another thing."""
+    rewards = load_rewards({"exact": 0.5, "overlong": 1.0}, {"overlong": {"max_tokens": 1, "buffer": 1}})
+    assert scores(rewards=rewards)["pass@1"] == wilson([True, False, True, False])
+
+
+@pytest.mark.parametrize(("solved_at", "solved"), [(1.0, [0, 0, 1, 0]), (0.5, [0, 1, 1, 0]), (0.0, [1, 1, 1, 0])])
+def test_a_row_is_solved_from_the_threshold_on_and_never_where_it_could_not_be_graded(tmp_path, solved_at, solved):
+    (tmp_path / "own.py").write_text(
+        "def part(completions, **rest):\n    return [0, 0.5, 1, None][:len(completions)]\n"
+    )
+    rewards = load_rewards({f"{tmp_path / 'own.py'}:part": 1.0}, {})
+    assert [row["solved"] for row in scores(0, rewards, solved_at)["rows"]] == [bool(flag) for flag in solved]
+
+
+def test_the_toy_is_scored_by_its_own_answers_alike_every_time():
+    """A real policy: pass@k grows with k, at least as many rows as the shares of its samples, and repeats exactly."""
+    policy = ToyPolicy()
+    examples = [Example(str(i), {"answer": "abc"[i % 3]}, f"toy:{i}") for i in range(6)]
+    heldout = [(example, policy.encode(example.prompt)) for example in examples]
+    few, many, again = (evaluate(policy, heldout, EXACT, SAMPLING, samples=k, solved_at=1.0) for k in (4, 64, 64))
+    assert many == again
+    assert 0 < many["pass@1_sampled"] <= many["pass@64"]["value"]
+    assert few["pass@4"]["value"] <= many["pass@64"]["value"]  # the first four samples are the same
+    assert [
+        row["samples_solved"] >= early["samples_solved"] for row, early in zip(many["rows"], few["rows"], strict=True)
+    ]
+    for row, (example, prompt) in zip(many["rows"], heldout, strict=True):
+        [[answer]] = policy.sample([prompt], Sampling(1, 8, greedy=True))
+        assert row["greedy"] == answer.text
+        assert row["solved"] == (answer.text == example.columns["answer"])
