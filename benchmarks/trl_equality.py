@@ -12,9 +12,9 @@ A case with two updates moves the weights between them, the same way on both sid
 differ from 1 and some are clipped. Completions are ragged, some a single token, some cut off; one group's
 rewards are equal, which our side leaves out when beta = 0.
 
-Two things of TRL are set: `use_bias_correction_kl=False`, since its default multiplies the KL term by the
-ratio, which GRPO and TR-GRPO do not; and its log-probability kernel, which needs Triton and a card, is replaced
-by log_softmax on the CPU. With Triton installed, TRITON_INTERPRET=1 runs that kernel too, slowly.
+Two things of TRL are changed: `use_bias_correction_kl` is off, since it multiplies the KL term by the ratio,
+which GRPO and TR-GRPO do not; and its log-probability kernel, which needs Triton and a card, gives way to
+log_softmax. With Triton installed, TRITON_INTERPRET=1 runs that kernel on the CPU, a little slower.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from lite_trgrpo.update import prepare_rows, update
 
 LIMIT = 1e-4
 MAX_NEW_TOKENS = 16
-LENGTHS = [(16, 1, 5, 11), (7, 16, 2, 1), (1, 9, 16, 3)]  # [P][G], before an earlier end token
+LENGTHS = [(16, 1, 5, 11), (7, 16, 2, 1), (1, 9, 16, 3)]  # [P][G], where no end token comes before
 REWARDS = [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0), (0.25, 1.5, -0.5, 0.25)]
 PROMPTS = ["What is 48 + 27?", "Name a colour.", "Is it true that every prime number above two is odd? Why?"]
 # TRL's loss -> our aggregation, our advantage, TRL's scale_rewards
@@ -53,6 +53,7 @@ SAME = {
     "dr_grpo": ("constant", "dr-grpo", "none"),
 }
 Weights = dict[str, Tensor]
+Parameters = dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +71,22 @@ CASES = [Case(*values) for values in itertools.product(SAME, (1.0, 0.7), (0.0, 0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    advantages: Tensor
-    """[B]"""
-    loss: float
-    """Mean over the updates."""
-    gradients: list[Tensor]
-    """Of every update, all LoRA gradients in one vector."""
-    clipped: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    case: Case
-    ours: float
-    trl: float
-    advantages: float
-    loss: float
-    gradient: float
-    clipped: float
-
-    @property
-    def worst(self) -> float:
-        return max(self.advantages, self.loss, self.gradient)
-
-
-@dataclass(frozen=True, slots=True)
 class Setting:
     """What both sides are given."""
 
     policy: TransformersPolicy
     options: Model
     groups: list[Group]
-    weights: list[Weights]
-    """Before the first update, and after it."""
-    budgets: Sequence[int]
-    """Of our micro-batches, in padded tokens; the first holds one row each."""
+    weights: list[Weights]  # before the first update, and after it
+    budgets: Sequence[int]  # padded tokens of our micro-batches; 1 means one row each
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    advantages: Tensor  # [B]
+    loss: float  # mean over the updates
+    gradients: list[Tensor]  # of every update, all LoRA gradients in one vector
+    clipped: float = 0.0  # share of tokens, mean over the updates
 
 
 def setting(options: Model, budgets: Sequence[int]) -> Setting:
@@ -116,7 +97,7 @@ def setting(options: Model, budgets: Sequence[int]) -> Setting:
         noise = torch.randn(2, *parameter.shape, generator=generator)
         is_b = "lora_B" in name  # as made it is 0: A would get no gradient, and policy = reference
         first[name] = 0.02 * noise[0] if is_b else parameter.detach().clone()
-        second[name] = first[name] + (0.005 if is_b else 0.0005) * noise[1]
+        second[name] = first[name] + (0.01 if is_b else 0.001) * noise[1]
     put(policy.trainable(), first)
     return Setting(policy, options, make_groups(policy), [first, second], budgets)
 
@@ -139,32 +120,31 @@ def make_groups(policy: TransformersPolicy) -> list[Group]:
 
 
 @torch.no_grad()
-def put(parameters: dict[str, nn.Parameter], weights: Weights) -> None:
-    if parameters.keys() != weights.keys():
-        raise SystemExit("the two sides name their LoRA weights differently")
+def put(parameters: Parameters, weights: Weights) -> None:
+    assert parameters.keys() == weights.keys(), "the two sides name their LoRA weights differently"
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
 
 
-def gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
+def gradient(parameters: Parameters) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in parameters.values()]).double()
 
 
 class Recorder(torch.optim.SGD):
     """Keeps each update's gradient and moves to given weights instead of stepping."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], after: Weights) -> None:
+    def __init__(self, parameters: Parameters, after: Weights) -> None:
         super().__init__(parameters.values(), lr=0.0)
         self.parameters, self.after, self.gradients = parameters, after, []
 
     def step(self, closure: None = None) -> None:
-        self.gradients.append(gradient(self.parameters.values()))
+        self.gradients.append(gradient(self.parameters))
         put(self.parameters, self.after)
 
 
 def our_side(given: Setting, case: Case, token_budget: int) -> Outcome:
-    aggregation, advantage, _ = SAME[case.loss]
-    objective = Objective(weights="none", aggregation=aggregation, advantage=advantage, beta=case.beta)
+    aggregation, estimator, _ = SAME[case.loss]
+    objective = Objective(weights="none", aggregation=aggregation, advantage=estimator, beta=case.beta)
     parameters = given.policy.trainable()
     put(parameters, given.weights[0])
     recorder = Recorder(parameters, given.weights[1])
@@ -173,14 +153,15 @@ def our_side(given: Setting, case: Case, token_budget: int) -> Outcome:
         temperature=case.temperature, updates=case.updates, token_budget=token_budget,
         max_grad_norm=float("inf"),
     )  # fmt: skip
-    advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), estimator=advantage).flatten()
+    advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), estimator=estimator).flatten()
     return Outcome(advantages, statistics["loss"], recorder.gradients, statistics["clip_fraction"])
 
 
-def trl_side(given: Setting, case: Case, folder: str) -> Outcome:
+def trl_side(given: Setting, case: Case) -> Outcome:
     from trl.trainer import utils
 
-    trainer = trl_trainer(given, case, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(given, case, folder)
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     put(parameters, given.weights[0])
     trainer.model.train()
@@ -194,12 +175,13 @@ def trl_side(given: Setting, case: Case, folder: str) -> Outcome:
             loss = trainer.compute_loss(trainer.model, inputs)
             loss.backward()
             losses.append(loss.item())
-            gradients.append(gradient(parameters.values()))
+            gradients.append(gradient(parameters))
             put(parameters, given.weights[1])
     return Outcome(inputs["advantages"], sum(losses) / len(losses), gradients)
 
 
 def trl_trainer(given: Setting, case: Case, folder: str) -> Any:
+    """A GRPOTrainer that is handed our completions and rewards; it computes the rest."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that rollout_func may change
     from datasets import Dataset
     from peft import LoraConfig
@@ -212,7 +194,7 @@ def trl_trainer(given: Setting, case: Case, folder: str) -> Any:
         "completion_ids": [list(completion.ids) for _, completion in rows],
         "logprobs": [list(completion.logprobs) for _, completion in rows],
     }
-    options = given.options
+    rank, alpha = given.options.lora_rank, given.options.lora_alpha
     arguments = GRPOConfig(
         folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=len(rows), num_generations=len(LENGTHS[0]), num_iterations=case.updates,
@@ -225,47 +207,18 @@ def trl_trainer(given: Setting, case: Case, folder: str) -> Any:
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=given.policy.template.tokenizer,
-        peft_config=LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),  # fmt: skip
+        peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
         rollout_func=lambda prompts, trainer: played_back,
     )
 
 
-def compare(given: Setting, case: Case) -> Result:
-    """The largest errors over the micro-batch sizes and the updates."""
-    with tempfile.TemporaryDirectory() as folder:
-        trl = trl_side(given, case, folder)
-    sides = [our_side(given, case, budget) for budget in given.budgets]
-    # grpo's loss at ratio 1 and beta 0 is the mean advantage: 0 but for rounding, so its error is absolute
-    size = abs(trl.loss) if abs(trl.loss) > 1e-6 else 1.0
-    pairs = [pair for ours in sides for pair in zip(ours.gradients, trl.gradients, strict=True)]
-    return Result(
-        case,
-        sides[-1].loss,
-        trl.loss,
-        max(relative(ours.advantages, trl.advantages) for ours in sides),
-        max(abs(ours.loss - trl.loss) / size for ours in sides),
-        max(relative(a, b) for a, b in pairs),
-        sides[-1].clipped,
-    )
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 class PlainLogProbs:
-    """Stands in for TRL's Triton kernel; signature and results are the kernel's."""
+    """Stands in for TRL's Triton kernel, whose arguments and results it has."""
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, _chunk, softcap, scale, _outputs):
         logits = nn.functional.linear(hidden, weight, bias) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         logprobs = torch.log_softmax(logits / temperature, -1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, None, None, None
@@ -279,45 +232,57 @@ def trl_kernel() -> Any:
     return own if own is not None and os.environ.get("TRITON_INTERPRET") == "1" else PlainLogProbs
 
 
-def tiny_model(folder: Path) -> Model:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from tests.tiny import tiny_model_folder
-
-    return Model(name=str(tiny_model_folder(folder)), device="cpu", dtype="float32", lora_rank=4)
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def report(results: Iterable[Result]) -> bool:
-    """Print them as they come; True if all are within the limit."""
-    print(f"{'':47}{'relative error of':34}share")
-    print("loss    temp. beta  updates  ours      TRL         advantages  loss      gradient    clipped")
+def compare(given: Setting, case: Case) -> tuple[Outcome, Outcome, list[float]]:
+    """Ours, TRL's, and the largest errors over micro-batch sizes and updates: advantages, loss, gradient."""
+    theirs = trl_side(given, case)
+    sides = [our_side(given, case, budget) for budget in given.budgets]
+    # grpo's loss at ratio 1 and beta 0 is the mean advantage: 0 but for rounding, so its error is absolute
+    size = abs(theirs.loss) if abs(theirs.loss) > 1e-6 else 1.0
+    gradients = [pair for ours in sides for pair in zip(ours.gradients, theirs.gradients, strict=True)]
+    errors = [
+        relative(sides[0].advantages, theirs.advantages),
+        max(abs(ours.loss - theirs.loss) / size for ours in sides),
+        max(relative(*pair) for pair in gradients),
+    ]
+    return sides[-1], theirs, errors
+
+
+def report(given: Setting) -> bool:
+    """Print the table; True if all is within the limit."""
+    names = ["trl", "torch", "transformers", "peft"]
+    own_kernel = trl_kernel() is not PlainLogProbs
+    names += ["triton"] if own_kernel else []
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    print(f"{datetime.date.today()}, Python {platform.python_version()}, {versions}")
+    print(
+        f"TRL's log-probabilities: {'its own kernel, interpreted' if own_kernel else 'log_softmax'}; fp32, CPU"
+    )
+    print(f"{given.options.upstream or 'tiny random model'}; micro-batches of up to {given.budgets} tokens\n")
+    print(
+        "loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped"
+    )
     fine = True
-    for r in results:
-        errors = f"{r.advantages:<12.1e}{r.loss:<10.1e}{r.gradient:<12.1e}"
-        verdict = "" if r.worst <= LIMIT else "  FAILED"
-        print(f"{r.case!s:29}{r.ours:<+10.6f}{r.trl:<+12.6f}{errors}{r.clipped:.1%}{verdict}", flush=True)
-        fine = fine and r.worst <= LIMIT
-    print(f"all within {LIMIT}" if fine else f"NOT all within {LIMIT}")
+    for case in CASES:
+        ours, theirs, errors = compare(given, case)
+        cells = "".join(f"{error:<10.1e}" for error in errors[1:])
+        verdict = "" if max(errors) <= LIMIT else "  FAILED"
+        print(f"{case!s:29}{ours.loss:<+10.6f}{theirs.loss:<+22.6f}{errors[0]:<12.1e}", end="")
+        print(f"{cells}{ours.clipped:.1%}{verdict}", flush=True)
+        fine = fine and not verdict
+    print(f"\n{'all' if fine else 'NOT all'} within {LIMIT}")
     return fine
 
 
-def header(given: Setting) -> str:
-    names = ["trl", "torch", "transformers", "peft"]
-    kernel = "log_softmax in place of TRL's Triton kernel"
-    if trl_kernel() is not PlainLogProbs:
-        names.append("triton")
-        kernel = "TRL's own kernel, interpreted"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    name = (
-        "tiny random model"
-        if given.options.name.startswith(tempfile.gettempdir())
-        else given.options.upstream
-    )
-    return (
-        f"{datetime.date.today()}, Python {platform.python_version()}, {versions}\n"
-        f"{name}, LoRA rank {given.options.lora_rank}, fp32 on CPU; {kernel}\n"
-        f"{len(REWARDS)} prompts x {len(LENGTHS[0])} completions; "
-        f"our micro-batches hold up to {', '.join(map(str, given.budgets))} tokens, the worst counts"
-    )
+def tiny(folder: Path) -> Setting:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.tiny import tiny_model_folder
+
+    options = Model(name=str(tiny_model_folder(folder)), device="cpu", dtype="float32", lora_rank=4)
+    return setting(options, (1, 200, 10**6))
 
 
 def main() -> int:
@@ -325,13 +290,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a random model of two layers, not the demo's")
     if parser.parse_args().tiny:
         with tempfile.TemporaryDirectory() as folder:
-            given = setting(tiny_model(Path(folder)), (1, 200, 10**6))
-            print(header(given))
-            return 0 if report(compare(given, case) for case in CASES) else 1
+            return 0 if report(tiny(Path(folder))) else 1
     options = config.load("demo").model.model_copy(update={"device": "cpu", "dtype": "float32"})
-    given = setting(options, (1, 10**6))
-    print(header(given))
-    return 0 if report(compare(given, case) for case in CASES) else 1
+    return 0 if report(setting(options, (1, 10**6))) else 1
 
 
 if __name__ == "__main__":

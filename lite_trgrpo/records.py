@@ -52,7 +52,7 @@ class Completion:
     sampled: tuple[bool, ...]
     """Which ids the policy sampled, and so which are in the loss (all, unless a tool wrote some)."""
     logprobs: tuple[float, ...]
-    """log p of each id under softmax(logits / temperature) when it was sampled."""
+    """log-probability of each id under the distribution that it was drawn from."""
     text: str
     """The ids decoded, without special tokens."""
     stopped: bool

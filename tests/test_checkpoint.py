@@ -1,7 +1,6 @@
 """Checkpoints: back bit for bit, whole or passed over, and never a reason for a traceback."""
 
 import json
-import resource
 import shutil
 import signal
 
@@ -178,7 +177,7 @@ def test_a_flipped_bit_is_passed_over_wherever_it_is(saved, name):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "3", "null", '{"files": []}', '{"files": {"adapter.safetensors": null}}', "{}"]
+    "content", ["[]", "3", "null", '{"files": {}}', '{"files": []}', '{"files": {"adapter.safetensors": null}}', "{}"]
 )
 def test_json_that_is_no_state_is_passed_over(saved, content):
     folder, _, _ = saved
@@ -244,7 +243,7 @@ def test_another_adapter_is_refused_and_left_as_it_was(saved, other):
 
 
 def test_the_state_of_another_optimizer_is_refused(saved):
-    """`auto` is an 8-bit AdamW on a card and AdamW on CPU: a run that moves would end in a KeyError at its next step."""
+    """`auto` is an 8-bit AdamW on a card and AdamW on CPU: a run that moves between them must not end in a KeyError."""
     folder, trainable, _ = saved
     momentum = torch.optim.SGD(trainable.values(), lr=0.01, momentum=0.9)
     descend(trainable, momentum, 1)
@@ -263,7 +262,8 @@ def test_a_folder_that_cannot_be_made_is_a_run_error(tmp_path, folder):
 
 
 def test_a_full_disk_is_a_run_error_and_leaves_the_ones_before(saved):
-    """Tensors are written by safetensors, whose errors are its own. A limit on the size of files stands for the disk."""
+    """Tensors are written by safetensors, whose errors are its own. A limit on file sizes stands for the disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
     folder, trainable, optimizer = saved
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -49,7 +49,7 @@ def test_the_ends_of_wilson_are_the_shares_that_lie_z_standard_errors_away(solve
     ends = Fraction(result["low"]), Fraction(result["high"])
     for end in ends:
         assert float((p - end) ** 2 - z * z * end * (1 - end) / n) == pytest.approx(0, abs=1e-15)
-    assert 0 <= ends[0] <= p <= ends[1] <= 1 and ends[0] < ends[1]
+    assert 0 <= ends[0] <= p <= ends[1] + Fraction(1, 10**15) and ends[0] < ends[1] <= 1
 
 
 def test_wilson_does_not_depend_on_the_order():
@@ -86,7 +86,7 @@ def test_pairing_is_narrower_than_two_shares_apart():
 
 
 def test_pairs_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         paired_gain([True], [True, False])
 
 
@@ -142,12 +142,14 @@ def test_truncation_and_length_are_those_of_the_greedy_answers():
 
 
 def test_rows_say_what_was_asked_answered_and_solved():
-    assert scores()["rows"][1:] == [
-        {"prompt": "q1", "answer": "b", "greedy": "x", "stopped": True, "tokens": 1, "solved": False, "samples_solved": 1},
-        {"prompt": "q2", "answer": "c", "greedy": "c", "stopped": True, "tokens": 1, "solved": True, "samples_solved": 0},
-        {"prompt": "q3", "answer": "d", "greedy": "long...", "stopped": False, "tokens": 7, "solved": False,
-         "samples_solved": 0},
-    ]  # fmt: skip
+    common = {"stopped": True, "tokens": 1}
+    assert scores()["rows"] == [
+        common | {"prompt": "q0", "answer": "a", "greedy": "a", "solved": True, "samples_solved": 2},
+        common | {"prompt": "q1", "answer": "b", "greedy": "x", "solved": False, "samples_solved": 1},
+        common | {"prompt": "q2", "answer": "c", "greedy": "c", "solved": True, "samples_solved": 0},
+        {"prompt": "q3", "answer": "d", "greedy": "long...", "solved": False, "samples_solved": 0}
+        | {"stopped": False, "tokens": 7},
+    ]
 
 
 def test_it_asks_once_greedily_and_once_for_the_samples_with_all_else_unchanged():
@@ -198,9 +200,8 @@ def test_the_toy_is_scored_by_its_own_answers_alike_every_time():
     assert many == again
     assert 0 < many["pass@1_sampled"] <= many["pass@64"]["value"]
     assert few["pass@4"]["value"] <= many["pass@64"]["value"]  # the first four samples are the same
-    assert [
-        row["samples_solved"] >= early["samples_solved"] for row, early in zip(many["rows"], few["rows"], strict=True)
-    ]
+    for row, early in zip(many["rows"], few["rows"], strict=True):
+        assert row["samples_solved"] >= early["samples_solved"]
     for row, (example, prompt) in zip(many["rows"], heldout, strict=True):
         [[answer]] = policy.sample([prompt], Sampling(1, 8, greedy=True))
         assert row["greedy"] == answer.text

@@ -77,6 +77,7 @@ MATH = [
     ("Because 6 * 7 is 42.\n#### 42", "so the answer is 42", "so the answer is 7"),
     ("42", r"\boxed{42} apples, not 41", r"\boxed{41} apples, not 42"),
     ("42", "<think>7</think><answer>42</answer>", "<think>42</think><answer>7</answer>"),
+    ("42", r"\boxed{42}. The final answer is $41$.", r"\boxed{41}. The final answer is $42$."),
     ("42", "x = 42", r"\boxed{41}\boxed{42}"),  # boxing several does not help
     (r"\frac{1}{2}", "0.5", r"\frac{1}{3}"),
     ("1/2", r"$\frac{2}{4}$", "2"),
@@ -242,9 +243,9 @@ def test_extract(text: str, answer: str) -> None:
 
 def test_the_answer_is_extracted_before_it_is_scored() -> None:
     """The task's own scorer gave "The answer is 12" one eighth."""
-    about = {"source_dataset": "chain_sum"}
-    assert built_in("reasoning-gym", "The answer is 12", "12", about) == 1.0
-    assert built_in("reasoning-gym", "12.", "12", about) == 1.0
+    for task in ("chain_sum", "spell_backward"):
+        assert built_in("reasoning-gym", "The answer is 12", "12", {"source_dataset": task}) == 1.0
+        assert built_in("reasoning-gym", "12.", "12", {"source_dataset": task}) == 1.0
 
 
 ATTACK = "open({path!r}, 'w').close() or [1]"
@@ -333,14 +334,14 @@ from dataclasses import dataclass
 class Point:
     x: int
 
-ran = []
-ran.append(1)
+with open(__file__ + ".ran", "a") as log:
+    log.write("once ")
 
 def length(completions, bonus=0.0, **columns):
     return [len(text) + bonus for text in completions]
 
 def strict(completions):
-    return [float(len(ran)) for _ in completions]
+    return [1.0 for _ in completions]
 
 async def later(completions):
     return [1.0]
@@ -360,7 +361,8 @@ def test_a_function_out_of_a_file(own: str) -> None:
     name = f"{own}:length"
     rewards = load({name: 2.0, f"{own}:strict": 1.0}, {name: {"bonus": 0.5}})
     (scored,) = score([group(["abc", ""])], rewards)
-    assert scored.parts == {name: (3.5, 0.5), f"{own}:strict": (1.0, 1.0)}  # the file ran once
+    assert scored.parts == {name: (3.5, 0.5), f"{own}:strict": (1.0, 1.0)}
+    assert Path(own + ".ran").read_text() == "once "
     assert scored.rewards == (8.0, 2.0)  # 2 * 3.5 + 1, 2 * 0.5 + 1
 
 
@@ -404,6 +406,7 @@ def test_a_file_that_cannot_be_imported(body: str, message: str, tmp_path: Path)
 def test_options_are_checked_when_loaded(own: str) -> None:
     message = failing(f"{own}:length", {"bonsu": 1})
     assert "no option 'bonsu'" in message and "Did you mean 'bonus'?" in message
+    assert "Allowed: none" in failing(f"{own}:strict", {"completions": ["mine"]})
     assert "Allowed: none" in failing("number", {"tolerance": 1})
     assert "Allowed: casefold" in failing("exact", {"answer": "x"})
     assert "needs max_tokens and buffer" in failing("overlong")

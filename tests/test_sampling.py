@@ -149,15 +149,15 @@ def test_an_id_of_probability_zero_is_never_drawn(dtype, uniform):
 
 
 def test_rounding_never_draws_an_id_that_was_filtered_away():
-    ids, _ = drawn(torch.zeros(1000), [0.0, BELOW_ONE], top_k=3)
-    assert len(set(ids.tolist())) <= 2
-    kept = drawn(torch.zeros(1000), GRID, top_k=3)[0].unique()
-    assert len(kept) == 3 and set(ids.tolist()) <= set(kept.tolist())
+    kept = drawn(torch.zeros(100), GRID[::10], top_k=3)[0].unique().tolist()
+    assert len(kept) == 3
+    at_the_ends, _ = drawn(torch.zeros(100), [0.0, BELOW_ONE, 1.0], top_k=3)  # 1.0: what float32 makes of BELOW_ONE
+    assert set(at_the_ends.tolist()) <= set(kept)
 
 
 def test_a_wide_vocabulary_of_small_probabilities_is_drawn_evenly_in_float32():
-    """Cumulative sums of 150,000 small shares round; 100 blocks of ids must still get their part."""
-    numbers = np.concatenate([uniforms(keys_of((2, 0, 0), 8, 8), position) for position in range(4)])
+    """Cumulative sums of 150,000 small shares round; every id must still have its place."""
+    numbers = uniforms(keys_of((2, 0, 0), 8, 8), 0)
     logits = torch.zeros(1, 150_000).expand(len(numbers), -1)
     ids, logprobs = draw(logits, torch.from_numpy(numbers), temperature=1.0)
     torch.testing.assert_close(ids.double() / 150_000, torch.from_numpy(numbers), rtol=0, atol=1e-3)

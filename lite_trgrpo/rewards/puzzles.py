@@ -21,9 +21,9 @@ PAIRS = (
 )
 _ROLE = "|".join(role for pair in PAIRS for role in pair)
 _ROLE_WORD = re.compile(rf"\b(?:{_ROLE})\b", re.IGNORECASE)
-# "Zoey is a knight", "**Zoey**: knight", "Zoey = Knight"; not "Zoey is a knight/knave", as questions have it
+# "Zoey is a knight", "**Zoey**: knight", "Zoey = Knight"
 _CLAIM = re.compile(
-    rf"\b([^\W\d_][\w'-]*)\W{{0,4}}(?:\bis\b|[:=-])\W{{0,4}}(?:an?\s+)?\W{{0,3}}({_ROLE})\b(?!\s*/)",
+    rf"\b([^\W\d_][\w'-]*)\W{{0,4}}(?:\bis\b|[:=-])\W{{0,4}}(?:an?\s+)?\W{{0,3}}({_ROLE})\b",
     re.IGNORECASE,
 )
 
@@ -61,7 +61,7 @@ def _grade(text: str, gold: dict[str, str]) -> float:
 def _roles(text: str) -> dict[str, str]:
     """{name: role}, all lower case; empty if any role word is not part of one plain claim about one person.
 
-    Counting keeps hedges out: "Zoey is a knight, Zoey is a knave" claims nothing; nor does "knight or knave".
+    Counting keeps hedges out: "Zoey is a knight, Zoey is a knave" claims nothing; nor does "a knight/knave".
     """
     claims = [(name.lower(), role.lower()) for name, role in _CLAIM.findall(text)]
     roles = dict(claims)

@@ -36,26 +36,28 @@ def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
 def draw(
     logits: Tensor, uniform: Tensor | None, *, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """[B, V] logits, [B] uniforms (None: the most likely token) -> ids [B], log p [B].
+    """[B, V] logits, [B] uniforms (None: the most likely token) -> ids [B], log q [B].
 
-    log p is that of softmax(logits / temperature), whatever the filter. Inverse of the cumulative distribution
-    instead of torch.multinomial, which takes several times longer over a wide vocabulary.
+    q is the distribution that was drawn from: softmax(logits / temperature), and where top_p or top_k cut it, what is
+    left of it, renormalised. Inverse of the cumulative distribution instead of torch.multinomial, which takes several
+    times longer over a wide vocabulary.
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = torch.log_softmax(scaled, -1)
     if uniform is None:
-        ids = logprobs.argmax(-1)
-    else:
-        probs = logprobs.exp()
-        if top_k > 0 or top_p < 1.0:
-            probs = _filtered(probs, top_p, top_k)
-        cumulative = probs.cumsum(-1)
-        target = uniform.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
-        # right=True: the first entry above the target, so an id of probability 0 is never drawn
-        ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        last = logits.shape[-1] - 1  # rounding may put the target on the last entry
-        ids = torch.where(ids > last, probs.argmax(-1), ids)
-    return ids, logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        ids = logprobs.argmax(-1, keepdim=True)
+        return ids.squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
+    probs = logprobs.exp()
+    if top_k > 0 or top_p < 1.0:
+        probs = _filtered(probs, top_p, top_k)
+        logprobs = logprobs - probs.sum(-1, keepdim=True).log()
+    cumulative = probs.cumsum(-1)
+    target = uniform.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
+    # right=True: the first entry above the target, so an id of probability 0 is never drawn
+    ids = torch.searchsorted(cumulative, target, right=True)
+    beyond = ids >= logits.shape[-1]  # rounding put the target on the last entry
+    ids = torch.where(beyond, probs.argmax(-1, keepdim=True), ids)
+    return ids.squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
 
 
 def _filtered(probs: Tensor, top_p: float, top_k: int) -> Tensor:
