@@ -258,13 +258,9 @@ def report(given: Setting) -> bool:
     names += ["triton"] if own_kernel else []
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     print(f"{datetime.date.today()}, Python {platform.python_version()}, {versions}")
-    print(
-        f"TRL's log-probabilities: {'its own kernel, interpreted' if own_kernel else 'log_softmax'}; fp32, CPU"
-    )
+    print(f"TRL's log-probabilities: {'its own kernel, interpreted' if own_kernel else 'log_softmax'}; fp32, CPU")
     print(f"{given.options.upstream or 'tiny random model'}; micro-batches of up to {given.budgets} tokens\n")
-    print(
-        "loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped"
-    )
+    print("loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped")
     fine = True
     for case in CASES:
         ours, theirs, errors = compare(given, case)

@@ -140,25 +140,51 @@ class Rollout(Section):
 class Objective(Section):
     """The loss, in the paper's symbols (docs/method.md)."""
 
-    weights: Literal["offset", "centred", "reverse", "none"] = Field(
-        "offset", description="Token weight w(p): the two readings of the paper, their mirror, or 1"
+    weights: Literal["offset", "centred", "reverse", "constant", "linear", "none"] = Field(
+        "offset",
+        description="Token weight w: offset, centred: TR-GRPO in two readings; reverse: w(1 - p); constant: their mean "
+        "(fair control); linear: a p + 1 - a; none: 1",
     )
     alpha: float = Field(2.0, description="alpha in w = clip(alpha (sigmoid(kappa (p - centre)) - mu), low, high)")
-    kappa: float = Field(9.0, description="kappa, the slope (the paper's tau); unused by weights = none")
+    kappa: float = Field(9.0, description="kappa, the slope (the paper's tau)")
     low: float = Field(1.0, gt=0, description="Lower bound of w")
     high: float = Field(1.4, gt=0, description="Upper bound of w")
+    share: float = Field(0.3, ge=0, le=1, description="a of the linear weight a p + 1 - a")
+    weights_from: Literal["current", "sampling"] = Field(
+        "current", description="The policy whose p sets the weight: the one being trained, or the one that sampled"
+    )
+    normalise_weights: bool = Field(False, description="Divide w by its mean over the step's tokens")
     placement: Literal["surrogate", "ratio"] = Field(
         "surrogate", description="surrogate: w outside min and KL; ratio: Eq. 9 as printed, w on the ratio"
     )
+    advantage: Literal["grpo", "dr-grpo", "rloo", "reinforce-rej"] = Field(
+        "grpo", description="A from the group's rewards R: (R - mean) / std, R - mean, R - mean of the others, R"
+    )
+    trust_region: Literal["clip", "sequence", "cispo", "sapo", "dppo", "penalty"] = Field(
+        "clip", description="What holds pi near pi_old: PPO's clip, GSPO, CISPO, SAPO, DPPO (binary TV), R2VPO"
+    )
+    clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
+    clip_high: float = Field(0.2, ge=0, description="eps_high: the ratio's upper bound is 1 + eps_high")
+    dual_clip: float | None = Field(None, gt=1, description="c: where A < 0 the gain is never below c A")
+    penalty: float = Field(1.0, ge=0, description="lambda of r A - lambda (r - 1)^2 (trust_region = penalty)")
     aggregation: Literal["sequence", "token", "constant"] = Field(
         "sequence",
         description="Mean over answers of their token means, over all tokens of the step, or over B * max_new_tokens",
     )
-    advantage: Literal["grpo", "dr-grpo", "rloo"] = Field("grpo", description="How rewards become advantages")
-    clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
-    clip_high: float = Field(0.2, ge=0, description="eps_high: the ratio's upper bound is 1 + eps_high")
     beta: float = Field(0.0, ge=0, description="KL coefficient; above 0 the base model is the reference")
+    kl: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator: -log x, (log x)^2 / 2, x - log x - 1")
     mask_truncated: bool = Field(False, description="Leave answers cut off by the token cap out of the loss")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Objective":
+        if self.placement == "ratio" and self.trust_region != "clip":
+            raise ValueError(
+                f"placement = ratio is Eq. 9 as printed, whose trust region is clip, not {self.trust_region}; "
+                "set placement = surrogate"
+            )
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}; swap them")
+        return self
 
 
 class Train(Section):

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.config import Objective
-from lite_trgrpo.objective import denominators, group_advantages, k3, policy_loss, token_weights
+from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
-
-# The published readings of the paper's weight: (centre, mu). docs/method.md says what is certain about them.
-READINGS = {"offset": (0.0, 0.25), "centred": (0.25, 0.0), "reverse": (0.0, 0.25)}
+from lite_trgrpo.tokenstats import TokenStatistics
+from lite_trgrpo.weighting import step_mean, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +65,6 @@ def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]
         yield batch
 
 
-def weights_of(logprobs: Tensor, objective: Objective) -> Tensor | None:
-    """[B, T] token weights as configured, or None for 1."""
-    if objective.weights == "none":
-        return None
-    centre, mu = READINGS[objective.weights]
-    if objective.weights == "reverse":  # w(1 - p): the same values, mirrored
-        logprobs = torch.log1p(-logprobs.detach().exp())
-    return token_weights(
-        logprobs, alpha=objective.alpha, kappa=objective.kappa, centre=centre, mu=mu,
-        low=objective.low, high=objective.high,
-    )  # fmt: skip
-
-
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -89,7 +75,7 @@ def update(
     updates: int,
     token_budget: int,
     max_grad_norm: float,
-) -> dict[str, float]:
+) -> dict[str, float | list[float]]:
     """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: README)."""
     batches = list(micro_batches(rows, token_budget))
     # One update: pi_old is the current policy. More: pi_old is what it was before the first of them.
@@ -97,13 +83,16 @@ def update(
     with policy.reference():
         reference = [_frozen(policy, batch, temperature) if objective.beta > 0 else None for batch in batches]
     parameters = list(policy.trainable().values())
-    sums = Sums()
+    mean_weight = step_mean([row.completion.logprobs for row in rows], objective)
+    statistics = TokenStatistics()
     losses, norms, skipped = [], [], 0
     for _ in range(updates if rows else 0):
         optimizer.zero_grad()
         loss = 0.0
         for batch, old_logprobs, ref_logprobs in zip(batches, old, reference, strict=True):
-            part = _batch_loss(policy, batch, objective, temperature, old_logprobs, ref_logprobs, sums)
+            part = _batch_loss(
+                policy, batch, objective, temperature, old_logprobs, ref_logprobs, mean_weight, statistics
+            )
             part.backward()
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
@@ -118,7 +107,7 @@ def update(
         "loss": _mean(losses),
         "grad_norm": _mean(norms),
         "updates_skipped": skipped,
-        **sums.means(),
+        **statistics.report(objective.low, objective.high),
     }
 
 
@@ -134,76 +123,47 @@ def _batch_loss(
     temperature: float,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
-    sums: "Sums",
+    mean_weight: float,
+    statistics: TokenStatistics,
 ) -> Tensor:
     logprobs, entropy = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
-    device, dtype = logprobs.device, logprobs.dtype
-    mask = torch.zeros(logprobs.shape, dtype=torch.bool)
-    sampled_at = torch.zeros(logprobs.shape, dtype=dtype)
-    for i, row in enumerate(batch):
-        mask[i, : len(row.completion.ids)] = torch.tensor(row.completion.sampled)
-        sampled_at[i, : len(row.completion.ids)] = torch.tensor(row.completion.logprobs, dtype=dtype)
-    mask, sampled_at = mask.to(device), sampled_at.to(device)
-    advantages = torch.tensor([[row.advantage] for row in batch], dtype=dtype, device=device)
-    weights = weights_of(logprobs, objective)
+    mask, sampled, advantages, denominator = _tensors(batch, logprobs)
+    weights = weights_of(sampled if objective.weights_from == "sampling" else logprobs, objective, mean_weight)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     loss = policy_loss(
         logprobs, old, advantages, mask,
         weights=weights, ref_logprobs=ref_logprobs,
-        clip_low=objective.clip_low, clip_high=objective.clip_high,
-        beta=objective.beta, placement=objective.placement,
-        denominator=torch.tensor([[row.denominator] for row in batch], dtype=dtype, device=device),
+        clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=objective.dual_clip,
+        penalty=objective.penalty, beta=objective.beta, kl=objective.kl,
+        placement=objective.placement, trust_region=objective.trust_region, denominator=denominator,
     )  # fmt: skip
     with torch.no_grad():
-        sums.add(mask, logprobs, entropy, weights, old, ref_logprobs, sampled_at, advantages, objective)
-    return loss
-
-
-class Sums:
-    """Sums over the tokens of a step, for means that do not depend on the micro-batches."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.total: dict[str, float] = {}
-        self.gap_max = 0.0
-
-    def add(
-        self,
-        mask: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        weights: Tensor | None,
-        old: Tensor,
-        ref: Tensor | None,
-        sampled_at: Tensor,
-        advantages: Tensor,
-        objective: Objective,
-    ) -> None:
         ratio = torch.exp(logprobs - old)
         if weights is not None and objective.placement == "ratio":
             ratio = weights * ratio
-        clipped = ((ratio > 1 + objective.clip_high) & (advantages > 0)) | (
-            (ratio < 1 - objective.clip_low) & (advantages < 0)
+        outside = torch.where(advantages > 0, ratio > 1 + objective.clip_high, ratio < 1 - objective.clip_low)
+        statistics.add(
+            mask,
+            prob=logprobs.exp(),
+            entropy=entropy,
+            weight=torch.ones_like(logprobs) if weights is None else weights,
+            clipped=outside,
+            gap=(logprobs - sampled).abs(),
+            **({} if ref_logprobs is None else {"kl": kl_estimate(ref_logprobs - logprobs)}),
         )
-        gap = torch.where(mask, (logprobs - sampled_at).abs(), 0.0)
-        values = {
-            "entropy": entropy,
-            "prob_mean": logprobs.exp(),
-            "weight_mean": torch.ones_like(logprobs) if weights is None else weights,
-            "clip_fraction": clipped.to(logprobs.dtype),
-            "sampler_gap_mean": gap,
-        }
-        if ref is not None:
-            values["kl"] = k3(ref - logprobs)
-        self.tokens += int(mask.sum())
-        for name, value in values.items():
-            self.total[name] = self.total.get(name, 0.0) + torch.where(mask, value, 0.0).sum().item()
-        self.gap_max = max(self.gap_max, gap.max().item())
+    return loss
 
-    def means(self) -> dict[str, float]:
-        if not self.tokens:
-            return {}
-        return {name: total / self.tokens for name, total in self.total.items()} | {"sampler_gap_max": self.gap_max}
+
+def _tensors(batch: Sequence[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> mask [B, T], log-probabilities when sampled [B, T], advantages [B, 1], denominators [B, 1]."""
+    mask = torch.zeros(like.shape, dtype=torch.bool)
+    sampled = torch.zeros(like.shape, dtype=like.dtype)
+    for i, row in enumerate(batch):
+        mask[i, : len(row.completion.ids)] = torch.tensor(row.completion.sampled)
+        sampled[i, : len(row.completion.ids)] = torch.tensor(row.completion.logprobs, dtype=like.dtype)
+    advantages = torch.tensor([[row.advantage] for row in batch], dtype=like.dtype)
+    denominator = torch.tensor([[row.denominator] for row in batch], dtype=like.dtype)
+    return mask.to(like.device), sampled.to(like.device), advantages.to(like.device), denominator.to(like.device)
 
 
 def _mean(values: Sequence[float]) -> float:

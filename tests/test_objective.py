@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lite_trgrpo.config import Objective
-from lite_trgrpo.objective import denominators, group_advantages, k3, policy_loss, token_weights
-from lite_trgrpo.update import weights_of
+from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss, token_weights
+from lite_trgrpo.weighting import weights_of
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
@@ -65,7 +65,7 @@ def loop_loss(new, old, ref, advantages, mask, weights, placement, beta, aggrega
 @pytest.mark.parametrize("reading", ["offset", "centred", "reverse", "none"])
 def test_loss_and_gradient_equal_a_double_loop(reading, placement, beta, aggregation):
     new, old, ref, advantages, mask, lengths = batch()
-    weights = weights_of(new, Objective(weights=reading))
+    weights = weights_of(new, Objective(weights=reading), 1.0)
     loss = policy_loss(
         new, old, advantages, mask, weights=weights, ref_logprobs=ref, clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
         beta=beta, placement=placement, denominator=denominators(lengths, aggregation, 16).double(),
@@ -186,7 +186,7 @@ def test_denominators_belong_to_the_step():
     ],
 )
 def test_published_values_of_the_weight(reading, p, w):
-    got = weights_of(torch.tensor([[p]], dtype=torch.float64).log(), Objective(weights=reading))
+    got = weights_of(torch.tensor([[p]], dtype=torch.float64).log(), Objective(weights=reading), 1.0)
     assert got.item() == pytest.approx(w, abs=1e-3)
 
 
@@ -228,7 +228,7 @@ def test_printed_kl_is_not_zero_at_equality():
     assert on_policy(1.4, 0.0, "surrogate", beta=1.0) == (0.0, 0.0)
     # its minimum lies at pi = w pi_ref, that is log x = -log w
     log_x = torch.tensor(-math.log(1.4), dtype=torch.float64)
-    assert k3(log_x + math.log(1.4)).item() == 0.0
+    assert kl_estimate(log_x + math.log(1.4)).item() == 0.0
 
 
 def test_a_step_along_the_negative_gradient_raises_good_answers():

@@ -1,0 +1,46 @@
+"""Which weight each token gets: the readings of the paper, their controls, and the means of a whole step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lite_trgrpo.config import Objective
+from lite_trgrpo.objective import linear_weights, token_weights
+
+# (centre, mu) of the two readings of the paper. docs/method.md says what is certain about them.
+READINGS = {"offset": (0.0, 0.25), "centred": (0.25, 0.0)}
+
+
+def reading(logprobs: Tensor, objective: Objective) -> Tensor:
+    """[B, T] log p -> [B, T] weights as `objective.weights` reads them, before any mean over the step is applied."""
+    if objective.weights == "none":
+        return torch.ones_like(logprobs)
+    if objective.weights == "linear":
+        return linear_weights(logprobs, share=objective.share)
+    if objective.weights == "reverse":  # w(1 - p): the same values, mirrored
+        logprobs = torch.log1p(-logprobs.detach().exp().clamp(max=1.0))
+    centre, mu = READINGS.get(objective.weights, READINGS["offset"])
+    return token_weights(
+        logprobs, alpha=objective.alpha, kappa=objective.kappa, centre=centre, mu=mu,
+        low=objective.low, high=objective.high,
+    )  # fmt: skip
+
+
+def step_mean(sampled: Sequence[Sequence[float]], objective: Objective) -> float:
+    """Mean of the weights over all tokens of a step, from the log-probabilities they were sampled with.
+
+    From the sampler, since it must be known before the first micro-batch: `constant` and `normalise_weights` need it.
+    """
+    flat = torch.tensor([logprob for row in sampled for logprob in row], dtype=torch.float64)
+    return reading(flat, objective).mean().item() if len(flat) else 1.0
+
+
+def weights_of(logprobs: Tensor, objective: Objective, mean: float) -> Tensor | None:
+    """[B, T] weights as they enter the loss, or None for 1. `mean` is `step_mean` of this step."""
+    if objective.weights == "none":
+        return None
+    if objective.weights == "constant":  # the fair control: as much weight, the same for every token
+        return torch.full_like(logprobs, 1.0 if objective.normalise_weights else mean)
+    weights = reading(logprobs, objective)
+    return weights / mean if objective.normalise_weights else weights
