@@ -214,22 +214,38 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
     _need("datasets", source)
-    from datasets import load_dataset
+    from datasets import config, load_dataset
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetBuildError
+    from httpx import HTTPError
 
+    from lite_trgrpo.backends.weights import fetch
+
+    revision = data.revision
+    if not config.HF_HUB_OFFLINE:
+        # Tells gone, gated and unreachable apart at once; `datasets` retries for half a minute and blurs them.
+        revision = fetch(source, revision, ["README.md"], "data.source").name
     try:
-        rows = load_dataset(source, data.subset, split=split, revision=data.revision)
-    except (OSError, ConnectionError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"data set {source} could not be fetched: {line}. Check the id and the connection; a gated or private one "
-            "needs `hf auth login`; one fetched before works with HF_HUB_OFFLINE=1"
-        ) from None
-    except ValueError as error:  # an unknown subset or split; the library lists those there are
+        rows = load_dataset(source, data.subset, split=split, revision=revision)
+    except (ValueError, RuntimeError, EmptyDatasetError, DataFilesNotFoundError, DatasetBuildError) as error:
+        # an unknown subset or split (the library lists those there are), or files that it cannot read
         raise DataError(
-            f"data set {source}: {str(error).splitlines()[0]}. Look at data.subset and data.split"
+            f"data set {source}: {_first_line(error.__cause__ or error)}. Look at data.source, data.subset and data.split"
         ) from None
+    except (OSError, HTTPError) as error:
+        hint = (
+            "HF_HUB_OFFLINE is set: unset it and run this again, or give data.source a file" if config.HF_HUB_OFFLINE
+            else "Check the connection; a gated or private one needs `hf auth login`; one fetched before works with "
+            "HF_HUB_OFFLINE=1"
+        )  # fmt: skip
+        raise HubError(f"data set {source} could not be fetched: {_first_line(error)}. {hint}") from None
     for i, row in enumerate(rows):
         yield f"{source}:{split}:{i + 1}", row
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _need(package: str, what: str) -> None:
