@@ -236,9 +236,7 @@ def report(given: Setting) -> int:
     kernel = "its own kernel, interpreted" if OWN_KERNEL else "log_softmax"
     print(f"TRL's log-probabilities: {kernel}; fp32, CPU")
     print(f"{given.options.upstream or 'tiny random model'}; micro-batches of up to {given.budgets} tokens\n")
-    head = (
-        "loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped"
-    )
+    head = "loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped"
     print(head)
     failed = 0
     for case in CASES:

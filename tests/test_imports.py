@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "session": (
         "__init__ backends.transformers checkpoint config data errors evaluate records rewards run screen trainer", ""
     ),
-    "cli": ("__init__ config errors screen session", "typer"),
+    "cli": ("__init__ config errors run screen session", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.

@@ -51,7 +51,7 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
         )
     folder = fetch(name, revision, FETCHED + (["*.py"] if remote_code else []))
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{name} has no .safetensors file, and pickled weights are never read; take another model.name")
+        raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
     return Located(folder, upstream or name, folder.name)
 
 
@@ -71,10 +71,8 @@ def fetch(name: str, revision: str | None, patterns: list[str], option: str = "m
     ignored = ["original/*", "consolidated*", "*.gguf"]
     try:
         return Path(
-            snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
-            )
-        )  # fmt: skip
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
     except HFValidationError as error:
         raise HubError(f"{option} {name!r} is no Hub id: {_first_line(error)}") from None
     except GatedRepoError:
