@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found by themselves, safetensors and JSON only.
 
 A checkpoint is a folder `step-000050` with `adapter.safetensors`, `optimizer.safetensors` and `state.json`; the last
-is written last and holds the size and SHA-256 of the others, so a torn folder is recognised.
+is written last and holds the size and SHA-256 of the others and a SHA-256 of itself, so a torn or damaged folder is
+recognised.
 Sampling, data order and schedule are functions of (seed, step): there is no random state to keep.
 """
 
@@ -32,14 +33,17 @@ def save(
     state: Mapping[str, Any],
 ) -> Path:
     """Write `folder/step-NNNNNN`. `step` counts the steps that are done; `state` is anything JSON can hold."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, scalars = _flatten(optimizer.state_dict()["state"])
-    part = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
+    part: Path | None = None
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
         save_file({name: p.detach().contiguous().cpu() for name, p in trainable.items()}, part / "adapter.safetensors")
         save_file(tensors, part / "optimizer.safetensors")
         files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
-        content = {**state, "step": step, "optimizer": scalars, "files": files}
+        kind = type(optimizer).__name__
+        content = {**state, "step": step, "optimizer": {"kind": kind, "state": scalars}, "files": files}
+        content["sha256"] = _digest(content)
         (part / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in part.iterdir():
             _sync(path)
@@ -48,12 +52,11 @@ def save(
             shutil.rmtree(final)
         part.replace(final)
         _sync(folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot write a checkpoint into {folder}: {error.strerror}; the ones before are intact"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write a checkpoint into {folder}: {error}; the ones before are intact") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     return final
 
 
@@ -72,11 +75,17 @@ def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.opt
             f"{path} belongs to another adapter: names or shapes differ. Use the model.lora_* settings of the run's "
             "config.toml"
         )
+    kind = type(optimizer).__name__
+    if state["optimizer"]["kind"] != kind:
+        raise RunError(
+            f"{path} holds the state of the optimizer {state['optimizer']['kind']}, this run uses {kind}. Set "
+            "train.optimizer (auto differs between CPU and card) as it was"
+        )
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(adapter[name])
     restored = optimizer.state_dict()
-    restored["state"] = _unflatten(load_file(path / "optimizer.safetensors"), state["optimizer"])
+    restored["state"] = _unflatten(load_file(path / "optimizer.safetensors"), state["optimizer"]["state"])
     optimizer.load_state_dict(restored)
     return state
 
@@ -98,10 +107,16 @@ def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) 
 
 def _is_whole(path: Path) -> bool:
     try:
-        files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
-        return all(_fingerprint(path / name) == mark for name, mark in files.items())
-    except (OSError, ValueError, KeyError, SafetensorError):
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+            return False
+        return all(_fingerprint(path / name) == mark for name, mark in content["files"].items())
+    except (OSError, ValueError):
         return False
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lite_trgrpo.errors import ConfigError
 
-Positive = Field(gt=0)
+MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -46,8 +46,10 @@ class Model(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the card if torch can use one")
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank r of the LoRA update")
     lora_alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA)")
-    lora_targets: str | list[str] = Field(
-        "all-linear", description="Module names that get LoRA, or all-linear: every linear layer but the head"
+    lora_targets: list[str] = Field(
+        ["all-linear"],
+        min_length=1,
+        description="Module names that get LoRA, or all-linear: every linear layer but the head",
     )
     lora_dropout: float = Field(0.0, description="Must be 0: dropout makes the ratio differ from 1 before any update")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
@@ -58,6 +60,11 @@ class Model(Section):
     template_options: dict[str, Any] = Field(
         {}, description="Passed to the chat template, e.g. { enable_thinking = false }"
     )
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _one_target_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("lora_dropout")
     @classmethod
@@ -87,7 +94,9 @@ class Data(Section):
     system: str | None = Field(None, description="System message put before every prompt that has none")
     options: dict[str, Any] = Field({}, description="Arguments of a generator, e.g. { size = 2000 }")
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are counted, reported and left out (tokens)")
-    seed: int = Field(0, ge=0, description="Of generators and of the choice of held-out rows; not of a run's sampling")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="Of generators and of the choice of held-out rows; not of a run's sampling"
+    )
 
 
 class Rewards(Section):
@@ -206,7 +215,7 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
-    seed: int = Field(0, ge=0, description="Of adapter initialisation, data order and sampling")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 
 
 class Eval(Section):
@@ -349,7 +358,12 @@ def _problem(item: dict[str, Any]) -> str:
             return f"{name}.{key} is not set. Type --preset NAME, or --set {name}.{key}=..."
         return f"{name} is not set. Type --set {name}=..."
     message = item["msg"].removeprefix("Value error, ")
-    return f"{name} = {json.dumps(item['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    message = message[0].lower() + message[1:]
+    if len(place) == 1:  # the section as a whole: its values do not fit together
+        return f"{name}: {message}"
+    if item["type"] == "string_type" and not isinstance(item["input"], list | dict):
+        message += f"; quote it: --set '{name}=\"{item['input']}\"'"
+    return f"{name} = {json.dumps(item['input'], default=str)}: {message}"
 
 
 # -- writing ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lite_trgrpo.records import Example
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN = 5  # bad rows named in one message
-Row = tuple[str, Mapping[str, Any]]  # where it came from, its columns
+Row = tuple[str, Mapping[str, Any] | DataError]  # where it came from; its columns, or why there are none
 
 
 def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
@@ -70,6 +70,8 @@ def examples(data: Data, source: str, split: str) -> list[Example]:
     found, problems = [], []
     for origin, row in _rows(data, source, split):
         try:
+            if isinstance(row, DataError):
+                raise row
             found.append(_example(row, origin, data))
         except DataError as error:
             problems.append(str(error))
@@ -100,12 +102,14 @@ def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str,
         if not value.strip():
             raise DataError(f"{origin}: the prompt is empty")
         return value if system is None else [{"role": "system", "content": system}, {"role": "user", "content": value}]
-    if not isinstance(value, Sequence) or not value:
+    if not isinstance(value, Sequence):
         raise DataError(f"{origin}: the prompt is {type(value).__name__}, not a string or a list of messages")
     for message in value:
         if not (isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
             raise DataError(f"{origin}: {message!r:.80} is not a message; it needs 'role' and 'content', both strings")
     messages = [{"role": m["role"], "content": m["content"]} for m in value]
+    if not any(m["content"].strip() for m in messages):
+        raise DataError(f"{origin}: the prompt is empty")
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages
@@ -136,6 +140,11 @@ def _builtin(name: str, data: Data) -> Iterator[Row]:
     unknown = set(data.options) - {"first", "second"}
     if unknown:
         raise DataError(f"builtin:addition has no option {', '.join(sorted(unknown))}; it has first and second")
+    for name, value in data.options.items():
+        if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
+            raise DataError(
+                f"builtin:addition: {name} = {value!r} is not a range such as [10, 59]; correct data.options"
+            )
     for i, row in enumerate(addition(data.seed, **data.options)):
         yield f"builtin:addition:{i + 1}", row
 
@@ -179,24 +188,33 @@ def _file(path: Path) -> Iterator[Row]:
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not a JSON object on one line: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: a JSON {type(row).__name__}, not an object with columns")
-            yield f"{path}:{number}", row
+            if line.strip():
+                yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+
+
+def _json_object(line: str, origin: str) -> Mapping[str, Any] | DataError:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return DataError(f"{origin}: not a JSON object on one line: {error}")
+    if not isinstance(row, dict):
+        return DataError(f"{origin}: a JSON {type(row).__name__}, not an object with columns")
+    return row
 
 
 def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(f"{path}:{reader.line_num}: {len(row)} fields do not fit the header")
-            yield f"{path}:{reader.line_num}", row
+        reader = csv.reader(file, strict=True)  # strict: a quote that never closes is an error, not a huge field
+        try:
+            header = next(reader, [])
+            for row in reader:
+                origin = f"{path}:{reader.line_num}"
+                if row and len(row) != len(header):
+                    yield origin, DataError(f"{origin}: {len(row)} fields, but the header has {len(header)}")
+                elif row:
+                    yield origin, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -214,22 +232,37 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
     _need("datasets", source)
-    from datasets import load_dataset
+    from datasets import config, load_dataset
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetBuildError
+    from httpx import HTTPError
 
+    from lite_trgrpo.backends.weights import fetch
+
+    revision = data.revision
+    if not config.HF_HUB_OFFLINE:
+        # Tells gone, gated and unreachable apart at once; `datasets` retries for half a minute and blurs them.
+        revision = fetch(source, revision, ["README.md"], "data.source").name
     try:
-        rows = load_dataset(source, data.subset, split=split, revision=data.revision)
-    except (OSError, ConnectionError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"data set {source} could not be fetched: {line}. Check the id and the connection; a gated or private one "
-            "needs `hf auth login`; one fetched before works with HF_HUB_OFFLINE=1"
-        ) from None
-    except ValueError as error:  # an unknown subset or split; the library lists those there are
-        raise DataError(
-            f"data set {source}: {str(error).splitlines()[0]}. Look at data.subset and data.split"
-        ) from None
+        rows = load_dataset(source, data.subset, split=split, revision=revision)
+    except (ValueError, RuntimeError, EmptyDatasetError, DataFilesNotFoundError, DatasetBuildError) as error:
+        # an unknown subset or split (the library lists those there are), or files that it cannot read
+        line = _first_line(error.__cause__ or error)
+        raise DataError(f"data set {source}: {line}. Look at data.source, data.subset and data.split") from None
+    except (OSError, HTTPError) as error:
+        hint = (
+            "HF_HUB_OFFLINE is set: unset it and run this again, or give data.source a file" if config.HF_HUB_OFFLINE
+            else "Check the connection; a gated or private one needs `hf auth login`; one fetched before works with "
+            "HF_HUB_OFFLINE=1"
+        )  # fmt: skip
+        raise HubError(f"data set {source} could not be fetched: {_first_line(error)}. {hint}") from None
     for i, row in enumerate(rows):
         yield f"{source}:{split}:{i + 1}", row
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _need(package: str, what: str) -> None:

@@ -64,7 +64,8 @@ def evaluate(
         rows.append(row)
     result: dict[str, Any] = {"pass@1": wilson([row["solved"] for row in rows])}
     if sampled is not None:
-        result[f"pass@{samples}"] = wilson([row["samples_solved"] > 0 for row in rows])
+        if samples > 1:  # with one sample it would take the greedy score's name
+            result[f"pass@{samples}"] = wilson([row["samples_solved"] > 0 for row in rows])
         result["pass@1_sampled"] = sum(row["samples_solved"] for row in rows) / (samples * len(rows))
     result["truncated"] = sum(not row["stopped"] for row in rows) / len(rows)
     result["length_mean"] = sum(row["tokens"] for row in rows) / len(rows)

@@ -29,6 +29,8 @@ class Example:
         """The prompt as plain text: what decides whether two rows are the same question."""
         if isinstance(self.prompt, str):
             return self.prompt
+        if len(self.prompt) == 1 and self.prompt[0]["role"] == "user":  # the model reads it as it reads the string
+            return self.prompt[0]["content"]
         return "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
 
 

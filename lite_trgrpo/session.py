@@ -118,9 +118,11 @@ def _facts(policy: "TransformersPolicy", training: int, heldout: int, too_long: 
 
 def _warn_of_gap(config: Config, metrics: Mapping[str, Any]) -> None:
     """Once, after the first step: what a filtered sampler costs, measured."""
-    if metrics["step"] == 1 and (config.rollout.top_p < 1 or config.rollout.top_k > 0):
+    top_p, top_k = config.rollout.top_p, config.rollout.top_k
+    if metrics["step"] == 1 and (top_p < 1 or top_k > 0):
+        mean, largest = metrics.get("sampler_gap_mean", 0.0), metrics.get("sampler_gap_max", 0.0)
         talk.print(
-            f"warning: with rollout.top_p = {config.rollout.top_p} and top_k = {config.rollout.top_k} answers do not "
-            f"come from the policy that is trained: log-probabilities differ by {metrics.get('sampler_gap_mean', 0):.3f} on "
-            f"average, at most {metrics.get('sampler_gap_max', 0):.3f}. Set them to 1.0 and 0 for an unbiased update"
+            f"warning: with rollout.top_p = {top_p} and top_k = {top_k} answers do not come from the policy that is "
+            f"trained: log-probabilities differ by {mean:.3f} on average, at most {largest:.3f}. Set them to 1.0 and 0 "
+            "for an unbiased update"
         )

@@ -201,13 +201,18 @@ def test_a_filter_keeps_the_right_ids_in_their_proportions(options, kept):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.3}])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_the_log_probability_is_that_of_the_unfiltered_softmax(options, temperature):
-    """The update computes softmax(logits / T) of the whole vocabulary; the filter's own p would not agree."""
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, [0, 1, 2, 3, 4]), ({"top_k": 1}, [3]), ({"top_k": 3}, [1, 3, 4]), ({"top_p": 0.3}, [3])]
+)
+@pytest.mark.parametrize("temperature", [0.8, 1.0, 1.2])
+def test_the_log_probability_is_that_of_the_distribution_drawn_from(options, kept, temperature):
+    """softmax(logits / T), renormalised over what a filter leaves: so its distance from the policy can be measured."""
     logits = logits_of([0.10, 0.25, 0.05, 0.40, 0.20])
     ids, logprobs = drawn(logits, GRID[::100], temperature=temperature, **options)
-    torch.testing.assert_close(logprobs, torch.log_softmax(logits / temperature, -1)[ids], rtol=1e-12, atol=0)
+    assert set(ids.tolist()) == set(kept)
+    expected = torch.full((5,), -torch.inf, dtype=torch.float64)
+    expected[kept] = torch.log_softmax(logits[kept] / temperature, -1)
+    torch.testing.assert_close(logprobs, expected[ids], rtol=1e-12, atol=1e-15)
 
 
 def test_low_temperature_comes_near_to_greedy_and_high_to_even():

@@ -121,9 +121,10 @@ def _with_lora(base: Any, options: Model, located: Located) -> Any:
             raise ModelError(f"{folder} is no LoRA adapter: it has no adapter_config.json")
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     else:
+        every_layer = options.lora_targets == ["all-linear"]
         lora = LoraConfig(
             r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-            target_modules=options.lora_targets, task_type="CAUSAL_LM",
+            target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
         )  # fmt: skip
         try:
             model = get_peft_model(base, lora)

@@ -50,39 +50,48 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
             "Qwen/Qwen2.5-1.5B-Instruct"
         )
     folder = fetch(name, revision, FETCHED + (["*.py"] if remote_code else []))
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
     return Located(folder, upstream or name, folder.name)
 
 
-def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Files of a Hub repository -> its folder in the Hub's own cache, named by the resolved commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def fetch(name: str, revision: str | None, patterns: list[str], option: str = "model.name") -> Path:
+    """Files of a Hub repository -> its folder in the Hub's own cache, named by the resolved commit.
 
-    where = f"{name} (revision {revision})" if revision else name
+    `option` is the one that named it; `data.source` names a data set, every other a model or adapter.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    section, kind = option.partition(".")[0], "dataset" if option == "data.source" else "model"
+    where = f"data set {name}" if kind == "dataset" else name
+    where += f" (revision {revision})" if revision else ""
+    # originals and consolidated files are second copies of the same weights
+    ignored = ["original/*", "consolidated*", "*.gguf"]
     try:
-        # originals and consolidated files are second copies of the same weights
-        ignored = ["original/*", "consolidated*", "*.gguf"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
+    except HFValidationError as error:
+        raise HubError(f"{option} {name!r} is no Hub id: {_first_line(error)}") from None
     except GatedRepoError:
         raise HubError(
             f"{where} is gated: accept its terms on its Hub page, then type `hf auth login`, and run this again"
         ) from None
     except RevisionNotFoundError:
-        raise HubError(f"{where}: the repository is there, the revision is not; change model.revision") from None
+        raise HubError(f"{where}: the repository is there, the revision is not; change {section}.revision") from None
     except RepositoryNotFoundError:
         raise HubError(f"{where} is not on the Hub, or it is private: check the id, or type `hf auth login`") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE")
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error)
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which moves large files, raises RuntimeError
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(
+                f"{where} is not in the cache, or not whole, and HF_HUB_OFFLINE is set: unset it and run this again, "
+                f"or give {option} a path"
+            ) from None
         raise HubError(
-            f"{where} could not be fetched: {why}. Check the connection and run this again "
-            "(what is already there is kept), or give model.name a local folder"
+            f"{where} could not be fetched: {_first_line(error)}. Check the connection and run this again "
+            f"(what is already there is kept), or give {option} a path"
         ) from None
 
 

