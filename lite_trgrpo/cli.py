@@ -26,6 +26,9 @@ app.add_typer(presets_app, name="presets")
 PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")
 ]
+ObjectiveOption = Annotated[
+    str | None, typer.Option("--objective", help="An objective recipe: see `lite-trgrpo presets list --objectives`")
+]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")
 ]
@@ -69,6 +72,7 @@ def train(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")
     ] = None,
+    objective: ObjectiveOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
@@ -81,10 +85,10 @@ def train(
     from lite_trgrpo import config as options
 
     if resume is not None:
-        if preset or config or set_ or output or seed is not None:
+        if preset or config or set_ or output or objective or seed is not None:
             raise typer.BadParameter("--resume takes its options from the run; only --steps may be changed")
         preset, config = None, resume / "config.toml"
-    resolved = options.load(preset, config, set_, {"train.steps": steps, "train.seed": seed})
+    resolved = options.load(preset, config, set_, {"train.steps": steps, "train.seed": seed}, objective)
     if dry_run:
         print(options.to_toml(resolved), end="")
         return
@@ -141,12 +145,84 @@ def chat(
     session.chat(resolved)
 
 
-@presets_app.command(name="list")
+@app.command()
 @command
-def presets_list() -> None:
-    """One line a preset: name, base, licence, what it teaches."""
+def diagnose(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to sample groups for")] = 16,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw it into this .svg or .png file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
+) -> None:
+    """Measure on your model whether unlikely tokens dominate the gradient, and what the weights change.
+
+    Example: lite-trgrpo diagnose --preset demo --figure diagnosis.svg
+    """
     from lite_trgrpo import config as options
 
+    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    from lite_trgrpo import figures, screen, session
+
+    result = session.diagnose(resolved, prompts)
+    if figure is not None:
+        figures.diagnosis(result, figure)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        screen.show(screen.diagnosis_table(result))
+
+
+@app.command()
+@command
+def compare(
+    objectives: Annotated[str, typer.Option("--objectives", help="Objective recipes, separated by commas")],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    seeds: Annotated[str, typer.Option("--seeds", help="Values of train.seed, separated by commas")] = "0,1,2",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the arms, table and figure")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Train the same run under several objectives: same prompts, same initial weights, same seeds.
+
+    Stopped and called again it goes on where it was.
+    Example: lite-trgrpo compare --preset demo --objectives grpo,constant,tr-grpo,reverse
+    """
+    from lite_trgrpo import config as options
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
+    same = {"rollout.top_up_rounds": 0}  # arms that replace prompts would not see the same ones
+    arms = {
+        (name, int(seed)): options.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
+        for seed in seeds.split(",")
+        for name in (objective.strip() for objective in objectives.split(","))
+    }
+    from lite_trgrpo import compare as comparing
+    from lite_trgrpo import figures, screen
+
+    result = comparing.run_arms(arms, output)
+    (output / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    screen.show([screen.comparison_table(result["objectives"])])
+    figures.comparison(result["curves"], output / "compare.svg")
+
+
+@presets_app.command(name="list")
+@command
+def presets_list(
+    objectives: Annotated[bool, typer.Option("--objectives", help="List the objective recipes instead")] = False,
+) -> None:
+    """What each preset teaches, on which card, how long; or each objective's formula and source."""
+    from lite_trgrpo import config as options
+
+    if objectives:
+        for name, path in options.objectives().items():
+            head = options.head_comment(path)
+            print(f"{name:16} {head['what']}\n{'':16} {head['formula']}\n{'':16} {head['source']}")
+        return
     for name, path in options.presets().items():
         head = options.head_comment(path)
         model = options.load(name).model
@@ -157,11 +233,12 @@ def presets_list() -> None:
 
 @presets_app.command(name="show")
 @command
-def presets_show(name: Annotated[str, typer.Argument(help="The preset's name")]) -> None:
+def presets_show(name: Annotated[str, typer.Argument(help="A preset's or objective's name")]) -> None:
     """Print a preset's file: a start for your own (--config)."""
     from lite_trgrpo import config as options
 
-    print(options.preset_path(name).read_text(encoding="utf-8"), end="")
+    known = options.objective_path(name) if name in options.objectives() else options.preset_path(name)
+    print(known.read_text(encoding="utf-8"), end="")
 
 
 def main() -> None:

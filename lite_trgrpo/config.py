@@ -134,6 +134,11 @@ class Rollout(Section):
         1.0, gt=0, le=1, description="Below 1 the sampler is no longer the policy: for experiments only"
     )
     top_k: int = Field(0, ge=0, description="Above 0 the sampler is no longer the policy: for experiments only")
+    top_up_rounds: int = Field(
+        0,
+        ge=0,
+        description="Rounds in which groups without signal are replaced by fresh prompts (DAPO's dynamic sampling)",
+    )
     max_rows: int = Field(
         64, ge=1, description="Answers decoded side by side; lower it when sampling runs out of memory"
     )
@@ -259,6 +264,12 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+def objectives() -> dict[str, Path]:
+    """Name -> file of every objective recipe: a few options that are laid over a preset."""
+    folder = next(iter(presets().values())).parent / "objectives"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def nearest(word: str, allowed: Sequence[str]) -> str:
     """` Did you mean 'x'?` or nothing."""
     close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
@@ -267,14 +278,22 @@ def nearest(word: str, allowed: Sequence[str]) -> str:
 
 def preset_path(name: str) -> Path:
     """The file of a preset by name; an unknown one is an error that lists them."""
-    known = presets()
+    return _named("preset", name, presets())
+
+
+def objective_path(name: str) -> Path:
+    """The file of an objective recipe by name; an unknown one is an error that lists them."""
+    return _named("objective", name, objectives())
+
+
+def _named(kind: str, name: str, known: dict[str, Path]) -> Path:
     if name not in known:
-        raise ConfigError(f"no preset '{name}'.{nearest(name, list(known))} There are: {', '.join(known)}")
+        raise ConfigError(f"no {kind} '{name}'.{nearest(name, list(known))} There are: {', '.join(known)}")
     return known[name]
 
 
 def head_comment(path: Path) -> dict[str, str]:
-    """The `# Key: value` lines at the top of a preset, keys in lower case: teaches, base, licence, card, time."""
+    """The `# Key: value` lines at the top of a preset or recipe, keys in lower case."""
     found: dict[str, str] = {}
     key = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -318,15 +337,20 @@ def load(
     file: Path | None = None,
     overrides: Sequence[str] = (),
     named: Mapping[str, Any] | None = None,
+    objective: str | None = None,
 ) -> Config:
     """Resolve a run's options. `named` holds dotted names from command-line flags; None means not given."""
     merged: Settings = {}
-    for path in ([preset_path(preset)] if preset else []) + ([file] if file else []):
-        for section, values in read_toml(path).items():
-            if isinstance(values, dict):
-                merged.setdefault(section, {}).update(values)
-            else:
-                raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
+    if preset:
+        _lay_over(merged, preset_path(preset))
+    if objective:
+        # a recipe adds its reward to the preset's instead of replacing it
+        rewards = dict(merged.get("rewards", {}).get("functions", {}))
+        _lay_over(merged, objective_path(objective))
+        if rewards:
+            merged["rewards"]["functions"] = rewards | merged["rewards"]["functions"]
+    if file:
+        _lay_over(merged, file)
     for section, key, value in map(parse_override, overrides):
         merged.setdefault(section, {})[key] = value
     for name, value in (named or {}).items():
@@ -334,6 +358,13 @@ def load(
             section, key = name.split(".")
             merged.setdefault(section, {})[key] = value
     return validate(merged)
+
+
+def _lay_over(merged: Settings, path: Path) -> None:
+    for section, values in read_toml(path).items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
+        merged.setdefault(section, {}).update(values)
 
 
 def validate(settings: Settings) -> Config:

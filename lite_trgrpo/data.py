@@ -5,6 +5,7 @@ Nothing is dropped silently: a row that cannot be used is an error that names fi
 """
 
 import csv
+import functools
 import importlib.util
 import json
 import random
@@ -44,21 +45,23 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
     return training, heldout
 
 
-def batch(count: int, per_step: int, seed: int, step: int) -> list[int]:
+def batch(count: int, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
     """Indices of the examples of a step: a pure function, so a resumed run continues exactly where it was.
 
-    Each epoch is its own shuffle; a step may span two epochs.
+    Each epoch is its own shuffle; a step may span two epochs. Rounds above 0 are fresh prompts for the same step, from
+    shuffles of their own.
     """
     indices = []
     for position in range(step * per_step, (step + 1) * per_step):
         epoch, place = divmod(position, count)
-        indices.append(_order(count, seed, epoch)[place])
+        indices.append(_order(count, f"{seed}:{epoch}:{round}" if round else f"{seed}:{epoch}")[place])
     return indices
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=8)
+def _order(count: int, seed: str) -> list[int]:
     order = list(range(count))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
+    random.Random(seed).shuffle(order)
     return order
 
 

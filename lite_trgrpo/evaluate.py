@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from lite_trgrpo.packing import by_length
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Reward, score
@@ -87,3 +90,18 @@ def _answers(
 
 def _solved(group: Group, rewards: Sequence[Reward], solved_at: float) -> list[bool]:
     return [value >= solved_at for value in group.parts[rewards[0].name]]  # NaN is not solved
+
+
+@torch.no_grad()
+def kl_to_base(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, token_budget: int) -> float:
+    """KL(pi_theta || pi_base) per token (nats): mean log-ratio over one answer a prompt, sampled from pi_theta."""
+    groups = policy.sample(prompts, replace(sampling, members=1, greedy=False))
+    rows = [(prompt.ids, group[0]) for prompt, group in zip(prompts, groups, strict=True)]
+    difference, tokens = 0.0, 0
+    for batch in by_length(rows, lambda row: len(row[0]) + len(row[1].ids), token_budget):
+        with policy.reference():
+            base, _ = policy.logprobs([(ids, completion.ids) for ids, completion in batch], sampling.temperature)
+        for i, (_, completion) in enumerate(batch):
+            difference += sum(completion.logprobs) - base[i].sum().item()
+            tokens += len(completion.ids)
+    return difference / tokens

@@ -84,10 +84,10 @@ def clipped_gain(r: Tensor, advantages: Tensor, low: float, high: float, dual: f
 
 
 def sequence_ratio(log_r: Tensor, mask: Tensor) -> Tensor:
-    """s = exp(mean_t log r), the same for all tokens of a sequence; each passes its own gradient (GSPO, arXiv 2507.18071).
+    """s = exp(mean_t log r), one value for all tokens of a sequence (GSPO, arXiv 2507.18071).
 
-    The value is the sequence's, the gradient of token t is s grad log pi_t / its own share, so token weights still act
-    on their token. With weight 1 and the sequence mean it equals the gradient of s itself.
+    The value is the sequence's, the gradient of token t is s grad log pi_t, so token weights still act on their token.
+    With weight 1 and the sequence mean this equals the gradient of s itself.
     """
     mean = (torch.where(mask, log_r, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).detach()
     return torch.exp(mean + log_r - log_r.detach())

@@ -66,7 +66,13 @@ class Run:
                     file.truncate(offsets.get(name, 0))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        path = self.folder / "eval.jsonl"
+        return self._lines("eval.jsonl")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return self._lines("metrics.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,6 +91,45 @@ def score_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, _estimate(value))
     table.add_row("truncated", f"{result['truncated']:.1%}")
     table.add_row("length (tokens)", f"{result['length_mean']:.1f}")
+    return table
+
+
+def diagnosis_table(result: Mapping[str, Any]) -> Iterator[Table]:
+    """Quartiles of token probability against the share of the gradient, a table for each reading of the weight."""
+    for reading, quartiles in result["readings"].items():
+        table = Table(title=f"weights = {reading}", title_justify="left")
+        for column in (
+            "p of the token",
+            "share of tokens",
+            "mean weight",
+            "share of gradient norm",
+            "cosine with total",
+        ):
+            table.add_column(column)
+        for q in quartiles:
+            table.add_row(
+                f"{q['p_low']:.3f} - {q['p_high']:.3f}", f"{q['tokens']:.1%}", f"{q['weight']:.3f}",
+                f"{q['norm_share']:.1%}", f"{q['cosine']:.3f}",
+            )  # fmt: skip
+        yield table
+
+
+def comparison_table(objectives: Iterable[Mapping[str, Any]]) -> Table:
+    """One row an objective, means over its seeds; in Markdown's borders, so that it can be pasted."""
+    table = Table(title="held-out pass@1 and training, means over seeds", title_justify="left", box=box.MARKDOWN)
+    columns = (
+        "objective", "before", "after", "each seed", "gain over the first (95 %)", "grad norm", "its variance",
+        "entropy", "KL to base", "mean weight", "minutes",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column)
+    for one in objectives:
+        table.add_row(
+            one["objective"], f"{one['before']:.3f}", f"{sum(one['after']) / len(one['after']):.3f}",
+            " ".join(f"{value:.3f}" for value in one["after"]), _estimate(one["over_first"]),
+            f"{one['grad_norm_mean']:.3f}", f"{one['grad_norm_variance']:.4f}", f"{one['entropy']:.3f}",
+            f"{one['kl_to_base']:.4f}", f"{one['weight_mean']:.3f}", f"{one['minutes']:.1f}",
+        )  # fmt: skip
     return table
 
 

@@ -14,6 +14,7 @@ from lite_trgrpo.errors import RunError
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
+from lite_trgrpo.update import prepare_rows
 
 if TYPE_CHECKING:
     from lite_trgrpo.backends.transformers import TransformersPolicy
@@ -28,7 +29,7 @@ def train(config: Config, output: Path, resume: Path | None) -> None:
         found = checkpoint.newest(Run.existing(resume).checkpoints)
         if found is None:
             raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
-    scoring = rewards.load(config.rewards.functions, config.rewards.options)
+    scoring = _scoring(config)
     examples, heldout_examples = data.load(config.data, config.eval.rows)
     policy = _policy(config)
     training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
@@ -59,7 +60,7 @@ def train(config: Config, output: Path, resume: Path | None) -> None:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
-    scoring = rewards.load(config.rewards.functions, config.rewards.options)
+    scoring = _scoring(config)
     _, heldout = data.load(config.data, config.eval.rows)
     policy = _policy(config)
     encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
@@ -69,6 +70,35 @@ def evaluate(config: Config) -> dict[str, Any]:
         policy, encoded, scoring, trainer.eval_sampling(config),
         samples=config.eval.samples, solved_at=config.rewards.solved_at,
     )  # fmt: skip
+
+
+def kl_to_base(config: Config, prompts: int = 64) -> float:
+    """KL of the configured adapter to its base, per token (nats), on answers to held-out prompts."""
+    _, heldout = data.load(config.data, config.eval.rows)
+    policy = _policy(config)
+    encoded, _ = trainer.encode(policy, heldout[:prompts], config.data.max_prompt_tokens)
+    return evaluation.kl_to_base(
+        policy, [prompt for _, prompt in encoded], trainer.eval_sampling(config), config.train.micro_batch_tokens
+    )
+
+
+def diagnose(config: Config, prompts: int) -> dict[str, Any]:
+    """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
+    from lite_trgrpo import diagnose as diagnosis
+
+    scoring = _scoring(config)
+    examples, _ = data.load(config.data, config.eval.rows)
+    policy = _policy(config)
+    training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+    sampled = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
+    groups, _ = trainer.rollout(sampled, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0})
+    rows = prepare_rows(groups, config.objective, config.rollout.max_new_tokens)
+    if not rows:
+        raise RunError("no group has a spread of rewards, so there is no gradient to look at; try more --prompts")
+    temperature, budget = config.rollout.temperature, config.train.micro_batch_tokens
+    result = diagnosis.quartile_gradients(policy, rows, config.objective, temperature, budget)
+    result["single_tokens"] = diagnosis.token_gradient_norms(policy, rows, temperature, tokens=96)
+    return {"prompts": prompts, "rows": len(rows), **result}
 
 
 def chat(config: Config) -> None:
@@ -90,6 +120,15 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def _scoring(config: Config) -> list[rewards.Reward]:
+    """The configured rewards; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
+    cap = config.rollout.max_new_tokens
+    options = dict(config.rewards.options)
+    if "overlong" in config.rewards.functions:
+        options["overlong"] = {"max_tokens": cap, "buffer": max(1, cap // 5)} | options.get("overlong", {})
+    return rewards.load(config.rewards.functions, options)
 
 
 def _policy(config: Config) -> "TransformersPolicy":

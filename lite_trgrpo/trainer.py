@@ -73,8 +73,7 @@ def train(
     else:
         _evaluate(config, policy, heldout, rewards, run, listener, step=0)
     for step in range(start, options.steps):
-        chosen = [training[i] for i in batch(len(training), options.prompts_per_step, options.seed, step)]
-        metrics, groups = _step(config, policy, optimizer, chosen, rewards, step)
+        metrics, groups = _step(config, policy, optimizer, training, rewards, step)
         run.log_step(metrics, groups)
         listener.step(metrics)
         done = step + 1
@@ -90,25 +89,21 @@ def _step(
     config: Config,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    chosen: Encoded,
+    training: Encoded,
     rewards: Sequence[Reward],
     step: int,
 ) -> tuple[Metrics, list[Group]]:
     """One batch: sample, score, update."""
-    clock: dict[str, float] = {}
+    clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
     learning_rate = learning_rate_at(step, config.train)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    with _timed(clock, "rollout_s"):
-        completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step))
-        groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
-    with _timed(clock, "reward_s"):
-        groups = score(groups, rewards)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate
+    groups, taught = rollout(config, policy, training, rewards, step, clock)
     with _timed(clock, "update_s"):
         statistics = update(
             policy,
             optimizer,
-            prepare_rows(groups, config.objective, config.rollout.max_new_tokens),
+            prepare_rows(taught, config.objective, config.rollout.max_new_tokens),
             config.objective,
             temperature=config.rollout.temperature,
             updates=config.train.updates_per_batch,
@@ -128,7 +123,43 @@ def _step(
     return metrics, groups
 
 
-def _sampling(config: Config, step: int) -> Sampling:
+def rollout(
+    config: Config,
+    policy: Policy,
+    training: Encoded,
+    rewards: Sequence[Reward],
+    step: int,
+    clock: dict[str, float],
+) -> tuple[list[Group], list[Group]]:
+    """-> every group that was sampled and scored, and those that go into the update.
+
+    With `top_up_rounds`, groups without signal are dropped and fresh prompts sampled in their place, for at most that
+    many rounds; never until a clock says so, or a run could not be repeated.
+    """
+    wanted = config.train.prompts_per_step
+    every: list[Group] = []
+    taught: list[Group] = []
+    for round in range(1 + config.rollout.top_up_rounds):
+        indices = batch(len(training), wanted, config.train.seed, step, round)[: wanted - len(taught)]
+        chosen = [training[i] for i in indices]
+        with _timed(clock, "rollout_s"):
+            completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step, round))
+            groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
+        with _timed(clock, "reward_s"):
+            groups = score(groups, rewards)
+        every += groups
+        taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
+        if len(taught) == wanted:
+            break
+    return every, taught
+
+
+def has_signal(group: Group) -> bool:
+    """Whether its graded answers differ in reward: else every advantage is 0."""
+    return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
+
+
+def _sampling(config: Config, step: int, round: int) -> Sampling:
     return Sampling(
         members=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -136,7 +167,7 @@ def _sampling(config: Config, step: int) -> Sampling:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         max_rows=config.rollout.max_rows,
-        key=(config.train.seed, TRAINING, step),
+        key=(config.train.seed, TRAINING, step, round),
     )
 
 
@@ -188,13 +219,12 @@ def _rollout_metrics(groups: Sequence[Group], solved_at: float) -> Metrics:
         for name in groups[0].parts
         if (values := [v for group in groups for v in group.parts[name] if not math.isnan(v)])
     }
-    spread = [[r for r in group.rewards if not math.isnan(r)] for group in groups]
     return {
         "reward_mean": fmean(rewards) if rewards else None,
         "reward_std": pstdev(rewards) if rewards else None,
         **parts,
         "solved": fmean(v >= solved_at for group in groups for v in group.parts[first]),
-        "groups_with_signal": fmean(len(set(rewards)) > 1 for rewards in spread),
+        "groups_with_signal": fmean(has_signal(group) for group in groups),
         "truncated": fmean(not completion.stopped for completion in completions),
         "ungradable": len(completions) - len(rewards),
         "length_mean": fmean(len(completion.ids) for completion in completions),
@@ -236,7 +266,7 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    clock[name] = time.perf_counter() - started
+    clock[name] += time.perf_counter() - started
 
 
 def _memory() -> dict[str, float]:

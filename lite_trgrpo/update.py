@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.config import Objective
 from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss
+from lite_trgrpo.packing import by_length
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.tokenstats import TokenStatistics
@@ -36,6 +37,8 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
     Counted in the denominator: every graded completion (but truncated ones under `mask_truncated`). Dropped
     afterwards, when beta = 0: rows whose advantage is 0, since their loss and gradient are 0.
     """
+    if not groups:
+        return []
     rewards = torch.tensor([list(group.rewards) for group in groups], dtype=torch.float64)  # [P, G]
     advantages = group_advantages(rewards, estimator=objective.advantage).flatten().tolist()
     flat = [(group, completion) for group in groups for completion in group.completions]
@@ -55,14 +58,7 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]:
     """Rows of like length together, as many as fit `token_budget` padded tokens (at least one)."""
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: -row.tokens):  # longest first: what does not fit shows at once
-        if batch and (len(batch) + 1) * batch[0].tokens > token_budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    return by_length(rows, lambda row: row.tokens, token_budget)
 
 
 def update(
@@ -127,7 +123,7 @@ def _batch_loss(
     statistics: TokenStatistics,
 ) -> Tensor:
     logprobs, entropy = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
-    mask, sampled, advantages, denominator = _tensors(batch, logprobs)
+    mask, sampled, advantages, denominator = batch_tensors(batch, logprobs)
     weights = weights_of(sampled if objective.weights_from == "sampling" else logprobs, objective, mean_weight)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     loss = policy_loss(
@@ -154,7 +150,7 @@ def _batch_loss(
     return loss
 
 
-def _tensors(batch: Sequence[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_tensors(batch: Sequence[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> mask [B, T], log-probabilities when sampled [B, T], advantages [B, 1], denominators [B, 1]."""
     mask = torch.zeros(like.shape, dtype=torch.bool)
     sampled = torch.zeros(like.shape, dtype=like.dtype)

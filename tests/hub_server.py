@@ -48,6 +48,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[str] = []
+        self.hangs_up = False  # without an answer
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
@@ -80,6 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub: HubServer = self.server.hub  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.requests.append(f"{self.command} {self.path}")
+        if hub.hangs_up:
+            self.close_connection = True
+            return None
         path = urlsplit(self.path).path
         match = API.fullmatch(path) or FILE.fullmatch(path)
         if match is None:

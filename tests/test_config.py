@@ -88,6 +88,7 @@ def test_loading_does_not_change_the_defaults():
     [
         ("train.steps=12", 12),
         ("train.steps = 12", 12),
+        ("data.system = Think. ", "Think."),
         ("train.learning_rate=2e-5", 2e-5),
         ("train.learning_rate=.5", ".5"),  # no TOML number; pydantic reads it as one
         ("train.gradient_checkpointing=true", True),

@@ -1,0 +1,72 @@
+"""A fair comparison of objectives: identical prompts, initial weights and sampling numbers; one arm after another."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pvariance
+from typing import Any
+
+from lite_trgrpo import session
+from lite_trgrpo.checkpoint import newest
+from lite_trgrpo.config import Config
+from lite_trgrpo.evaluate import paired_gain
+from lite_trgrpo.run import Run
+from lite_trgrpo.screen import talk
+
+LAST = 10  # steps over which a final entropy is averaged
+Arms = Mapping[tuple[str, int], Config]
+
+
+def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
+    """Train every (objective, seed) into `folder/OBJECTIVE-sSEED`; what is finished is kept, what is not goes on.
+
+    -> {"objectives": one summary each, in order, "curves": rewards by step for each objective and seed}
+    """
+    for (name, seed), config in arms.items():
+        run = Run(folder / f"{name}-s{seed}")
+        talk.print(f"== {name}, seed {seed}")
+        if (run.folder / "kl.json").exists():
+            continue
+        if not run.adapter.exists():
+            resume = newest(run.checkpoints)
+            if resume is None:  # nothing worth keeping yet
+                shutil.rmtree(run.folder, ignore_errors=True)
+            session.train(config, run.folder, run.folder if resume else None)
+        kl = session.kl_to_base(config.model_copy(update={"model": _with_adapter(config, run)}))
+        (run.folder / "kl.json").write_text(json.dumps({"kl_to_base": kl}), encoding="utf-8")
+    names = list(dict.fromkeys(name for name, _ in arms))
+    runs = {name: [Run(folder / f"{n}-s{seed}") for n, seed in arms if n == name] for name in names}
+    return {
+        "objectives": [_summary(name, runs[name], runs[names[0]]) for name in names],
+        "curves": {name: [[step["reward_mean"] for step in run.metrics()] for run in runs[name]] for name in names},
+    }
+
+
+def _with_adapter(config: Config, run: Run) -> Any:
+    return config.model.model_copy(update={"adapter": str(run.adapter)})
+
+
+def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
+    """One objective over its seeds. The gain is paired over (seed, held-out prompt) with the first objective's."""
+    evaluations = [run.evaluations() for run in runs]
+    metrics = [run.metrics() for run in runs]
+    solved = [row["solved"] for found in evaluations for row in found[-1]["rows"]]
+    others = [row["solved"] for run in baseline for row in run.evaluations()[-1]["rows"]]
+    norms = [[step["grad_norm"] for step in steps if step["grad_norm"] > 0] for steps in metrics]
+    return {
+        "objective": name,
+        "before": fmean(found[0]["pass@1"]["value"] for found in evaluations),
+        "after": [found[-1]["pass@1"]["value"] for found in evaluations],
+        "over_first": paired_gain(others, solved),
+        "grad_norm_mean": fmean(fmean(seed) for seed in norms),
+        "grad_norm_variance": fmean(pvariance(seed) for seed in norms),
+        "entropy": fmean(fmean(s["entropy"] for s in steps[-LAST:] if "entropy" in s) for steps in metrics),
+        "weight_mean": fmean(fmean(s["weight_mean"] for s in steps if "weight_mean" in s) for steps in metrics),
+        "kl_to_base": fmean(json.loads((run.folder / "kl.json").read_text())["kl_to_base"] for run in runs),
+        "minutes": fmean(_minutes(steps) for steps in metrics),
+    }
+
+
+def _minutes(steps: Sequence[Mapping[str, Any]]) -> float:
+    return sum(step["clock"][key] for step in steps for key in ("rollout_s", "reward_s", "update_s")) / 60

@@ -1,0 +1,67 @@
+"""Figures, drawn by matplotlib (extra `plot`): imported only when one is asked for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_trgrpo.errors import MissingPackageError
+
+GOOD, GREY = "#2a6fbb", "#9aa3ad"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingPackageError("figures need matplotlib. Type: pip install 'lite-trgrpo[plot]'") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lite-trgrpo"  # the same numbers give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def diagnosis(result: Mapping[str, Any], path: Path) -> None:
+    """Left: gradient norm of single tokens against their probability. Right: share of each quartile by reading."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left.scatter(*zip(*result["single_tokens"], strict=True), s=12, color=GOOD, alpha=0.7)
+    left.set(xlabel="probability p of the sampled token", ylabel="norm of its LoRA gradient", title="single tokens")
+    width = 0.8 / len(result["readings"])
+    for k, (reading, quartiles) in enumerate(result["readings"].items()):
+        places = [q + k * width for q in range(len(quartiles))]
+        right.bar(places, [quartile["norm_share"] for quartile in quartiles], width, label=reading)
+    labels = [f"{q['p_low']:.2f} - {q['p_high']:.2f}" for q in result["readings"]["none"]]
+    right.set_xticks([q + 0.4 - width / 2 for q in range(len(labels))], labels)
+    right.set(xlabel="quartile of p", ylabel="share of the gradient norm", title="quartiles of tokens")
+    right.legend(title="weights")
+    _save(figure, path)
+
+
+def comparison(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """Training reward by step: the mean over seeds, with a band from the lowest to the highest seed.
+
+    `curves` holds, for each objective, one list of rewards a seed.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, seeds in curves.items():
+        smooth = [_running_mean(seed) for seed in seeds]
+        columns = list(zip(*smooth, strict=False))
+        steps = range(1, len(columns) + 1)
+        [line] = axes.plot(steps, [sum(c) / len(c) for c in columns], label=name)
+        axes.fill_between(
+            steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
+        )
+    axes.set(xlabel="step", ylabel="reward (running mean of 5 steps)", title="mean and range over seeds")
+    axes.legend()
+    _save(figure, path)
+
+
+def _running_mean(values: Sequence[float], window: int = 5) -> list[float]:
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
