@@ -1,6 +1,6 @@
 """Is our update TRL's, where the two are meant to agree?
 
-    python benchmarks/trl_equality.py          the demo model, about ten minutes on one core
+    python benchmarks/trl_equality.py          the demo model, a quarter of an hour on one core
     python benchmarks/trl_equality.py --tiny   a random model, half a minute
 
 Both sides get the same base model, LoRA weights, prompts, completions and rewards, in fp32 on the CPU, with

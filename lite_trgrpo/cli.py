@@ -92,10 +92,12 @@ def train(
     if dry_run:
         print(options.to_toml(resolved), end="")
         return
-    from lite_trgrpo import session
+    from lite_trgrpo import screen, session
 
     name = preset or (config.stem if config else "run")
-    session.train(resolved, output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}", resume)
+    run = session.train(resolved, output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}", resume)
+    if len(evaluations := run.evaluations()) > 1:
+        screen.show(screen.comparison(evaluations[0], evaluations[-1]))
 
 
 @app.command(name="eval")

@@ -1,6 +1,7 @@
 """A fair comparison of objectives: identical prompts, initial weights and sampling numbers; one arm after another."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,18 +55,25 @@ def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[st
     solved = [row["solved"] for found in evaluations for row in found[-1]["rows"]]
     others = [row["solved"] for run in baseline for row in run.evaluations()[-1]["rows"]]
     norms = [[step["grad_norm"] for step in steps if step["grad_norm"] > 0] for steps in metrics]
+    entropies = [step["entropy"] for steps in metrics for step in steps[-LAST:] if "entropy" in step]
+    weights = [step["weight_mean"] for steps in metrics for step in steps if "weight_mean" in step]
     return {
         "objective": name,
         "before": fmean(found[0]["pass@1"]["value"] for found in evaluations),
         "after": [found[-1]["pass@1"]["value"] for found in evaluations],
         "over_first": paired_gain(others, solved),
-        "grad_norm_mean": fmean(fmean(seed) for seed in norms),
-        "grad_norm_variance": fmean(pvariance(seed) for seed in norms),
-        "entropy": fmean(fmean(s["entropy"] for s in steps[-LAST:] if "entropy" in s) for steps in metrics),
-        "weight_mean": fmean(fmean(s["weight_mean"] for s in steps if "weight_mean" in s) for steps in metrics),
+        "grad_norm_mean": _mean([_mean(seed) for seed in norms]),
+        "grad_norm_variance": _mean([pvariance(seed) if seed else math.nan for seed in norms]),
+        "entropy": _mean(entropies),
+        "weight_mean": _mean(weights),
         "kl_to_base": fmean(json.loads((run.folder / "kl.json").read_text())["kl_to_base"] for run in runs),
         "minutes": fmean(_minutes(steps) for steps in metrics),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where no step had an update to take a mean of."""
+    return fmean(values) if values else math.nan
 
 
 def _minutes(steps: Sequence[Mapping[str, Any]]) -> float:

@@ -134,6 +134,9 @@ def comparison_table(objectives: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def show(tables: Iterable[Table]) -> None:
-    """Results are data: they go to stdout."""
+    """Results are data: they go to stdout, uncut where that is a file or a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
     for table in tables:
-        Console(highlight=False).print(table)
+        console.print(table)

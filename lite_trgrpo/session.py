@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHATTING = 2  # stream of random numbers, beside the trainer's
 
 
-def train(config: Config, output: Path, resume: Path | None) -> None:
+def train(config: Config, output: Path, resume: Path | None) -> Run:
     """A whole run: everything that can fail is loaded before the folder is written."""
     found = None
     if resume is not None:
@@ -42,6 +42,7 @@ def train(config: Config, output: Path, resume: Path | None) -> None:
         f"weights; {len(training)} prompts, {len(heldout)} held out, {too_long + heldout_too_long} too long and left "
         f"out\nrun folder {run.folder}\nthe first prompt as the model reads it:",
         markup=False,
+        soft_wrap=True,
     )
     talk.print(screen.plain(training[0][1].text), style="dim", markup=False)
     with screen.progress(config.train.steps) as on_step:
@@ -50,12 +51,12 @@ def train(config: Config, output: Path, resume: Path | None) -> None:
             on_step(metrics)
             _warn_of_gap(config, metrics)
 
-        listener = trainer.Listener(stepped, lambda line: talk.print(screen.eval_line(line), markup=False))
+        listener = trainer.Listener(
+            stepped, lambda line: talk.print(screen.eval_line(line), markup=False, soft_wrap=True)
+        )
         trainer.train(config, policy, training, heldout, scoring, run, listener, resume=found)
-    evaluations = run.evaluations()
-    if len(evaluations) > 1:
-        screen.show(screen.comparison(evaluations[0], evaluations[-1]))
-    talk.print(f"adapter in {run.adapter}", markup=False)
+    talk.print(f"adapter in {run.adapter}", markup=False, soft_wrap=True)
+    return run
 
 
 def evaluate(config: Config) -> dict[str, Any]:

@@ -162,3 +162,21 @@ def test_learning_rate_schedules():
     cosine = train.model_copy(update={"schedule": "cosine"})
     assert trainer.learning_rate_at(6, cosine) == pytest.approx(0.5)
     assert trainer.learning_rate_at(9, train.model_copy(update={"schedule": "constant"})) == 1.0
+
+
+def test_groups_without_signal_are_replaced_in_bounded_rounds(tmp_path):
+    changes = {"rollout": {"top_up_rounds": 2, "group_size": 4}, "train": {"steps": 6, "checkpoint_every": 3}}
+    policy, run = run_toy(tmp_path / "run", changes)
+    groups = lines(run.folder / "rollouts.jsonl")
+    for metrics in lines(run.folder / "metrics.jsonl"):
+        sampled = [group for group in groups if group["step"] == metrics["step"]]
+        spread = [len({answer["reward"] for answer in group["completions"]}) > 1 for group in sampled]
+        first, taught = spread[:5], sum(spread)
+        assert len(sampled) == 5 if all(first) else len(sampled) > 5
+        assert taught <= 5 and len(sampled) <= 15
+        assert metrics["groups_with_signal"] == taught / len(sampled)
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "killed", changes, stop_after=5)
+    resumed, again = run_toy(tmp_path / "killed", changes, resume=True)
+    assert torch.equal(policy.adapter, resumed.adapter)
+    assert (again.folder / "rollouts.jsonl").read_text() == (run.folder / "rollouts.jsonl").read_text()

@@ -1,0 +1,135 @@
+"""diagnose and compare: the numbers are gradients, and an arm that was stopped goes on."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lite_trgrpo import config as options
+from lite_trgrpo import diagnose, trainer
+from lite_trgrpo.cli import app
+from lite_trgrpo.config import Objective
+from lite_trgrpo.rewards import load as load_rewards
+from lite_trgrpo.update import prepare_rows, update
+from tests.test_trainer import BASE, EXAMPLES
+from tests.tiny import tiny_model_folder
+from tests.toy import ToyPolicy
+
+
+@pytest.fixture
+def sampled():
+    config = options.validate(BASE)
+    policy = ToyPolicy()
+    encoded, _ = trainer.encode(policy, EXAMPLES, 8)
+    clock = {"rollout_s": 0.0, "reward_s": 0.0}
+    groups, _ = trainer.rollout(config, policy, encoded, load_rewards({"exact": 1.0}, {}), 0, clock)
+    return policy, prepare_rows(groups, config.objective, 4)
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradient it was given and moves nothing."""
+
+    def step(self, closure=None):
+        self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+
+
+def total_gradient(policy, rows, objective):
+    optimizer = Recorder(policy.trainable().values(), lr=0.0)
+    update(policy, optimizer, rows, objective, temperature=1.0, updates=1, token_budget=999, max_grad_norm=1e9)
+    return optimizer.seen
+
+
+@pytest.mark.parametrize("budget", [5, 999])
+def test_quartiles_add_up_to_the_gradient_of_the_update(sampled, budget):
+    policy, rows = sampled
+    result = diagnose.quartile_gradients(policy, rows, Objective(), 1.0, budget)
+    assert result["tokens"] == sum(len(row.completion.ids) for row in rows)
+    for reading, quartiles in result["readings"].items():
+        assert sum(q["tokens"] for q in quartiles) == pytest.approx(1)
+        assert sum(q["norm_share"] for q in quartiles) == pytest.approx(1)
+        # |total| = sum of the projections of the parts on it
+        total = total_gradient(policy, rows, Objective(weights=reading)).norm().item()
+        assert sum(q["norm"] * q["cosine"] for q in quartiles) == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_of_one_change_nothing_and_others_do(sampled):
+    policy, rows = sampled
+    flat = diagnose.quartile_gradients(policy, rows, Objective(low=1.0, high=1.0), 1.0, 99)["readings"]
+    for a, b in zip(flat["offset"], flat["none"], strict=True):
+        assert a == pytest.approx(b)
+    readings = diagnose.quartile_gradients(policy, rows, Objective(), 1.0, 99)["readings"]
+    # a table has few different probabilities, so a quartile may be empty
+    weights = {name: [q["weight"] for q in quartiles if q["tokens"]] for name, quartiles in readings.items()}
+    assert set(weights["none"]) == {1}
+    assert weights["offset"] == sorted(weights["offset"]) and weights["offset"][0] < weights["offset"][-1]
+    assert weights["reverse"] == sorted(weights["reverse"], reverse=True)
+
+
+def test_norms_of_single_tokens(sampled):
+    policy, rows = sampled
+    found = diagnose.token_gradient_norms(policy, rows, 1.0, tokens=10)
+    assert len(found) == 10
+    assert [p for p, _ in found] == sorted(p for p, _ in found)
+    for p, norm in found:
+        # in a table of logits the gradient of log p is e_token - softmax: between 1 - p and sqrt 2 (1 - p) long
+        assert (1 - p) <= norm + 1e-9 <= 2**0.5 * (1 - p) + 2e-9
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    folder = tiny_model_folder(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(12)))
+    reward = tmp_path / "reward.py"
+    reward.write_text("def length(completion_ids, **_):\n    return [sum(ids) % 3 for ids in completion_ids]\n")
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f'[model]\nname = "{folder}"\nlora_rank = 4\n[data]\nsource = "{data}"\n'
+        f'[rewards]\nfunctions = {{ "{reward}:length" = 1.0 }}\n[rollout]\ngroup_size = 4\nmax_new_tokens = 6\n'
+        "[train]\nsteps = 2\nprompts_per_step = 3\n[eval]\nrows = 4\nsamples = 0\n"
+    )
+    return path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_diagnose_command(tiny_config, tmp_path):
+    out = run("diagnose", "--config", tiny_config, "--prompts", 4, "--json", "--figure", tmp_path / "figure.svg")
+    result = json.loads(out)
+    assert set(result["readings"]) == {"none", "offset", "centred", "reverse"}
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    assert "share of gradient norm" in run("diagnose", "--config", tiny_config, "--prompts", 4)
+
+
+def test_compare_is_fair_and_goes_on(tiny_config, tmp_path):
+    arguments = [
+        "compare",
+        "--config",
+        tiny_config,
+        "--objectives",
+        "grpo,tr-grpo",
+        "--seeds",
+        "0,1",
+        "-o",
+        tmp_path / "c",
+    ]
+    table = run(*arguments)
+    result = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert [one["objective"] for one in result["objectives"]] == ["grpo", "tr-grpo"]
+    assert result["objectives"][0]["over_first"] == {"value": 0, "low": 0, "high": 0}
+    assert "| grpo" in table and "| tr-grpo" in table
+
+    def first_groups(arm):
+        lines = (tmp_path / "c" / arm / "rollouts.jsonl").read_text().splitlines()
+        return [line for line in lines if json.loads(line)["step"] == 1]
+
+    assert first_groups("grpo-s0") == first_groups("tr-grpo-s0") != first_groups("grpo-s1")
+    before = (tmp_path / "c" / "grpo-s1" / "metrics.jsonl").stat().st_mtime_ns
+    (tmp_path / "c" / "tr-grpo-s1" / "kl.json").unlink()
+    assert run(*arguments) == table
+    assert (tmp_path / "c" / "grpo-s1" / "metrics.jsonl").stat().st_mtime_ns == before
