@@ -236,8 +236,8 @@ def report(given: Setting) -> int:
     kernel = "its own kernel, interpreted" if OWN_KERNEL else "log_softmax"
     print(f"TRL's log-probabilities: {kernel}; fp32, CPU")
     print(f"{given.options.upstream or 'tiny random model'}; micro-batches of up to {given.budgets} tokens\n")
-    head = "loss    temp. beta  updates  ours      TRL         error of: advantages  loss      gradient  clipped"
-    print(head)
+    print("loss    temp. beta  updates  ours      TRL         error of: ", end="")
+    print("advantages  loss      gradient  clipped")
     failed = 0
     for case in CASES:
         ours, theirs, errors = compare(given, case)

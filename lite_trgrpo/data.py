@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lite_trgrpo.config import Data, nearest
-from lite_trgrpo.errors import DataError, HubError, MissingPackageError
+from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
+from lite_trgrpo.hub import fetch
 from lite_trgrpo.records import Example
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -240,8 +241,6 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
     from datasets.exceptions import DataFilesNotFoundError, DatasetBuildError
     from httpx import HTTPError
 
-    from lite_trgrpo.backends.weights import fetch
-
     revision = data.revision
     if not config.HF_HUB_OFFLINE:
         # Tells gone, gated and unreachable apart at once; `datasets` retries for half a minute and blurs them.
@@ -250,7 +249,7 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
         rows = load_dataset(source, data.subset, split=split, revision=revision)
     except (ValueError, RuntimeError, EmptyDatasetError, DataFilesNotFoundError, DatasetBuildError) as error:
         # an unknown subset or split (the library lists those there are), or files that it cannot read
-        line = _first_line(error.__cause__ or error)
+        line = first_line(error.__cause__ or error)
         raise DataError(f"data set {source}: {line}. Look at data.source, data.subset and data.split") from None
     except (OSError, HTTPError) as error:
         hint = (
@@ -258,14 +257,9 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
             else "Check the connection; a gated or private one needs `hf auth login`; one fetched before works with "
             "HF_HUB_OFFLINE=1"
         )  # fmt: skip
-        raise HubError(f"data set {source} could not be fetched: {_first_line(error)}. {hint}") from None
+        raise HubError(f"data set {source} could not be fetched: {first_line(error)}. {hint}") from None
     for i, row in enumerate(rows):
         yield f"{source}:{split}:{i + 1}", row
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _need(package: str, what: str) -> None:

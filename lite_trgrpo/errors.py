@@ -35,3 +35,9 @@ class MissingPackageError(LiteError, ImportError):
 
 class RunError(LiteError, RuntimeError):
     """A run folder or checkpoint cannot be written, read or continued."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the paragraphs after it."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

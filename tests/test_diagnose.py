@@ -60,7 +60,7 @@ def test_weights_of_one_change_nothing_and_others_do(sampled):
         assert a == pytest.approx(b)
     readings = diagnose.quartile_gradients(policy, rows, Objective(), 1.0, 99)["readings"]
     # a table has few different probabilities, so a quartile may be empty
-    weights = {name: [q["weight"] for q in quartiles if q["tokens"]] for name, quartiles in readings.items()}
+    weights = {name: [round(q["weight"], 9) for q in quartiles if q["tokens"]] for name, quartiles in readings.items()}
     assert set(weights["none"]) == {1}
     assert weights["offset"] == sorted(weights["offset"]) and weights["offset"][0] < weights["offset"][-1]
     assert weights["reverse"] == sorted(weights["reverse"], reverse=True)

@@ -1,4 +1,4 @@
-"""Against an independent implementation: the loss and gradient of TRL's GRPOTrainer (benchmarks/trl_equality.py)."""
+"""Against an independent implementation: the loss and gradients of TRL's GRPOTrainer."""
 
 import importlib.util
 from pathlib import Path

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.backends.template import Template
-from lite_trgrpo.backends.weights import Located, fetch, locate
+from lite_trgrpo.backends.weights import Located, locate
 from lite_trgrpo.config import Model
 from lite_trgrpo.errors import ModelError
+from lite_trgrpo.hub import fetch
 from lite_trgrpo.logprobs import selected_logprobs
 from lite_trgrpo.policy import Sequences
 from lite_trgrpo.records import Completion, Message, Prompt, Sampling
@@ -116,7 +117,7 @@ def _with_lora(base: Any, options: Model, located: Located) -> Any:
     if options.adapter is not None:
         folder = Path(options.adapter).expanduser()
         if not folder.is_dir():
-            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"])
+            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
         if not (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is no LoRA adapter: it has no adapter_config.json")
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)

