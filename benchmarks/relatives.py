@@ -63,14 +63,14 @@ class Case:
 
 
 def inputs(case: Case) -> Inputs:
-    """16 ragged rows with ratios from about 0.05 to 20 (wider where a cap is to be met), likely tokens and unlikely ones."""
+    """16 ragged rows with ratios on both sides of every bound and cap, likely tokens and unlikely ones."""
     generator = torch.Generator().manual_seed(11)
     rows, width = 16, 20
     draw = torch.randn(4, rows, width, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
     lengths[0], lengths[1] = width, 0 if case.empty_row else 1
     mask = torch.arange(width) < lengths[:, None]
-    old = -4 * torch.rand(rows, width, generator=generator, dtype=torch.float64) ** 2 - 1e-3
+    old = -7 * torch.rand(rows, width, generator=generator, dtype=torch.float64) ** 2 - 1e-3
     new = (old + case.spread * draw[0]).clamp(max=-1e-4)
     ref = (new + (2.0 if case.far else 0.6) * draw[1]).clamp(max=-1e-4)
     return Inputs(*(torch.where(mask, part, 0.0) for part in (new, old, ref)), draw[2, :, 0], mask)
@@ -215,7 +215,7 @@ CASES = [
          {"policy": "gspo", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
          "gradient as verl's, s grad log pi_t, so that a token weight acts on its token; at weight 1 also TRL's", 1e-3),
     Case("cispo", CISPO, "token", {"loss_type": "cispo", "epsilon_high": 5.0},
-         {"policy": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0}, "cap 5, which TRL calls epsilon_high", 2.0),
+         {"policy": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0}, "cap 5, TRL's epsilon_high", 2.0),
     Case("sapo", {"trust_region": "sapo"}, "sequence", {"loss_type": "sapo"}, {"policy": "sapo"},
          "verl: the sequence mean, whatever is set"),
     Case("dppo", {"trust_region": "dppo"}, "token", None, {"policy": "dppo_tv", "clip_ratio_c": 20.0},

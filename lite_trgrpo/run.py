@@ -21,7 +21,7 @@ class Run:
         self.adapter = folder / "adapter"
 
     @classmethod
-    def create(cls, folder: Path, config: Config) -> "Run":
+    def create(cls, folder: Path) -> "Run":
         """A new run. A folder that already holds one is refused."""
         if (folder / "config.toml").exists():
             raise RunError(
@@ -30,7 +30,7 @@ class Run:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            (folder / "config.toml").touch()
         except OSError as error:
             raise RunError(f"cannot write into {folder}: {error.strerror}; give --output another folder") from None
         return cls(folder)
@@ -41,8 +41,9 @@ class Run:
             raise RunError(f"{folder} holds no run (no config.toml); look for one with: ls runs")
         return cls(folder)
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
-        """`run.json`: what was resolved at the start (revision, versions, device, counts of rows)."""
+    def describe(self, config: Config, facts: Mapping[str, Any]) -> None:
+        """`config.toml` and `run.json`: the options, and what was resolved from them (revision, versions, counts)."""
+        (self.folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
         (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     def log_step(self, metrics: Mapping[str, Any], groups: Sequence[Group]) -> None:

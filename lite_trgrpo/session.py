@@ -34,9 +34,8 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
     policy = _policy(config)
     training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
     heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
-    run = Run.create(output, config) if resume is None else Run(resume)
-    if resume is None:
-        run.describe(_facts(policy, len(training), len(heldout), too_long + heldout_too_long))
+    run = Run.create(output) if resume is None else Run(resume)
+    run.describe(config, _facts(policy, len(training), len(heldout), too_long + heldout_too_long))
     talk.print(
         f"{config.model.name} on {policy.device}, {sum(p.numel() for p in policy.trainable().values()):,} trainable "
         f"weights; {len(training)} prompts, {len(heldout)} held out, {too_long + heldout_too_long} too long and left "

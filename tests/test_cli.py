@@ -18,7 +18,7 @@ from lite_trgrpo.errors import RunError
 from tests.toy import ToyPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "eval", "chat", "presets list", "presets show"]
+COMMANDS = ["train", "eval", "chat", "diagnose", "compare", "presets list", "presets show"]
 ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75}
 SCORES = {"pass@1": ESTIMATE, "truncated": 0.0, "length_mean": 3.0, "rows": [{"prompt": "1 + 1?", "greedy": "2"}]}
 
@@ -34,12 +34,13 @@ def words(text: str) -> str:
 
 
 @pytest.fixture
-def session(monkeypatch):
+def session(monkeypatch, tmp_path):
     """The commands' own work replaced: what each was called with, in order."""
     from lite_trgrpo import session
+    from lite_trgrpo.run import Run
 
     calls = []
-    monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)))
+    monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)) or Run(tmp_path))
     monkeypatch.setattr(session, "chat", lambda *given: calls.append(("chat", *given)))
     monkeypatch.setattr(session, "evaluate", lambda *given: calls.append(("eval", *given)) or SCORES)
     return calls
@@ -125,6 +126,9 @@ def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, message):
         (["train", "--config", "no.toml"], "cannot read config no.toml: No such file or directory"),
         (["eval", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
         (["chat", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["train", "--preset", "demo", "--objective", "grop"], "no objective 'grop'. Did you mean 'grpo'?"),
+        (["diagnose", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["compare", "--preset", "demo", "--objectives", "grop"], "no objective 'grop'. Did you mean 'grpo'?"),
         (["presets", "show", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
     ],
 )
@@ -225,6 +229,14 @@ def test_a_dry_run_honours_file_overrides_and_flags_in_this_order(tmp_path):
     assert tomllib.loads(result.stdout) == expected
 
 
+def test_an_objective_is_laid_over_the_preset_and_under_what_is_set(tmp_path):
+    arguments = ["train", "-p", "demo", "--objective", "dr-grpo", "-s", "objective.aggregation=token", "--dry-run"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    resolved = tomllib.loads(result.stdout)
+    assert (resolved["objective"]["advantage"], resolved["objective"]["aggregation"]) == ("dr-grpo", "token")
+
+
 def test_what_a_dry_run_prints_is_a_config_file(tmp_path):
     (tmp_path / "own.toml").write_text(call("train", "--preset", "demo", "--steps", "3", "--dry-run").stdout)
     assert options.load(file=tmp_path / "own.toml") == options.load("demo", named={"train.steps": 3})
@@ -262,7 +274,14 @@ def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, 
 
 @pytest.mark.parametrize(
     "other",
-    [["--preset", "demo"], ["--config", "own.toml"], ["--set", "train.steps=3"], ["--seed", "0"], ["--output", "x"]],
+    [
+        ["--preset", "demo"],
+        ["--config", "own.toml"],
+        ["--set", "train.steps=3"],
+        ["--seed", "0"],
+        ["--output", "x"],
+        ["--objective", "grpo"],
+    ],
     ids=lambda words: words[0],
 )
 def test_resuming_with_other_options_is_refused(session, run_folder, other):
@@ -320,6 +339,21 @@ def test_presets_are_listed_with_base_and_licence():
         assert len(re.findall(rf"(?m)^ +{word}: \S", result.stdout)) == len(heads)
 
 
+def test_objectives_are_listed_with_formula_and_source():
+    result = call("presets", "list", "--objectives")
+    assert (result.exit_code, result.stderr) == (0, "")
+    heads = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert heads == list(options.objectives())
+    for path in options.objectives().values():
+        assert options.head_comment(path)["formula"] in result.stdout
+
+
+@pytest.mark.parametrize("name", options.objectives())
+def test_an_objective_is_shown_as_it_stands(name):
+    result = call("presets", "show", name)
+    assert (result.exit_code, result.stdout) == (0, options.objective_path(name).read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", options.presets())
 def test_a_preset_is_shown_as_it_stands(name):
     result = call("presets", "show", name)
@@ -348,10 +382,18 @@ def test_the_search_for_commands_finds_those_of_the_help_texts():
 
 
 @pytest.mark.parametrize("command", shown())
-def test_a_command_in_the_docs_is_one_that_runs(session, monkeypatch, command):
-    """With the work itself replaced. Where a run's folder or a name of the person's own is meant, it is only parsed."""
+def test_a_command_in_the_docs_is_one_that_exists(monkeypatch, command):
+    """Nothing is run: `--help` at the end parses all words before it, `--dry-run` resolves a training's options too."""
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(command, comments=True)[1:]
-    own = "--resume" in arguments or any(re.fullmatch(r"[A-Z_]{3,}|.*\.\.\.|my\S*", word) for word in arguments)
-    result = call(*arguments, *(["--help"] if own else []))
+    arguments = shlex.split(command)[1:]
+    assert arguments[0] in {name.split()[0] for name in COMMANDS}
+    result = call(*arguments, "--help")
     assert result.exit_code == 0, result.stderr
+    names = {
+        option: arguments[arguments.index(option) + 1] for option in ("--preset", "--objective") if option in arguments
+    }
+    assert names.get("--preset", "NAME") in {*options.presets(), "NAME"}
+    assert names.get("--objective", "NAME") in {*options.objectives(), "NAME"}
+    if arguments[0] == "train" and "--resume" not in arguments and "NAME" not in arguments:
+        result = call(*arguments, "--dry-run")
+        assert result.exit_code == 0, result.stderr

@@ -38,13 +38,15 @@ def problems(*overrides: str) -> list[str]:
 
 
 def test_each_layer_wins_over_the_one_before(toml):
-    """Layer by layer over one option: default 200, preset 50, file 7, --set 8, named flag 9."""
+    """Layer by layer over one option: default 200, the preset's own, file 7, --set 8, named flag 9."""
     layers = {"preset": "demo", "file": toml("[train]\nsteps = 7\n"), "overrides": ["train.steps=8"]}
     given, found = {}, [options.load(overrides=MINIMAL).train.steps]
     for name, value in [*layers.items(), ("named", {"train.steps": 9})]:
         given[name] = value
         found.append(options.load(**given).train.steps)
-    assert found == [200, 50, 7, 8, 9]
+    preset = tomllib.loads(options.preset_path("demo").read_text(encoding="utf-8"))["train"]["steps"]
+    assert preset not in (200, 7, 8, 9)
+    assert found == [200, preset, 7, 8, 9]
 
 
 def test_a_layer_leaves_alone_what_it_does_not_name(toml):
@@ -309,6 +311,30 @@ def test_the_head_of_a_preset_names_the_packages_that_it_needs(name):
     source = options.load(name).data.source
     needs = options.head_comment(options.preset_path(name)).get("needs", "")
     assert ("lite-trgrpo[data]" in needs) == (not source.startswith("builtin:"))
+
+
+@pytest.mark.parametrize("name", options.objectives())
+def test_every_objective_loads_over_every_preset_and_says_what_it_is(name):
+    head = options.head_comment(options.objective_path(name))
+    assert all(head.get(key) for key in ("what", "formula", "source"))
+    for preset in PRESETS:
+        config = options.load(preset, objective=name)
+        assert options.load(preset).rewards.functions.items() <= config.rewards.functions.items()
+        assert config.model == options.load(preset).model
+
+
+def test_an_objective_lies_over_the_preset_and_under_the_file(toml):
+    """dr-grpo aggregates by a constant; the default is the sequence mean."""
+    found = [options.load("demo", objective="dr-grpo")]
+    found.append(options.load("demo", toml('[objective]\naggregation = "token"\n'), objective="dr-grpo"))
+    assert [config.objective.aggregation for config in found] == ["constant", "token"]
+    assert {config.objective.advantage for config in found} == {"dr-grpo"}
+
+
+@pytest.mark.parametrize("name", options.objectives())
+def test_an_objective_can_be_used_with_a_reward_of_ones_own(toml, name):
+    """A recipe may bring a reward and its options; a file that names other rewards must not clash with them."""
+    options.load("demo", toml("[rewards]\nfunctions = { exact = 1.0 }\n"), objective=name)
 
 
 def test_a_head_comment_may_run_over_lines(toml):

@@ -13,7 +13,6 @@ from lite_trgrpo.config import Objective
 from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.update import prepare_rows, update
 from tests.test_trainer import BASE, EXAMPLES
-from tests.tiny import tiny_model_folder
 from tests.toy import ToyPolicy
 
 
@@ -74,22 +73,6 @@ def test_norms_of_single_tokens(sampled):
     for p, norm in found:
         # in a table of logits the gradient of log p is e_token - softmax: between 1 - p and sqrt 2 (1 - p) long
         assert (1 - p) <= norm + 1e-9 <= 2**0.5 * (1 - p) + 2e-9
-
-
-@pytest.fixture
-def tiny_config(tmp_path):
-    folder = tiny_model_folder(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(12)))
-    reward = tmp_path / "reward.py"
-    reward.write_text("def length(completion_ids, **_):\n    return [sum(ids) % 3 for ids in completion_ids]\n")
-    path = tmp_path / "tiny.toml"
-    path.write_text(
-        f'[model]\nname = "{folder}"\nlora_rank = 4\n[data]\nsource = "{data}"\n'
-        f'[rewards]\nfunctions = {{ "{reward}:length" = 1.0 }}\n[rollout]\ngroup_size = 4\nmax_new_tokens = 6\n'
-        "[train]\nsteps = 2\nprompts_per_step = 3\n[eval]\nrows = 4\nsamples = 0\n"
-    )
-    return path
 
 
 def run(*arguments):

@@ -22,13 +22,14 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "records": ("", ""),
     "objective": ("", "torch"),
     "logprobs": ("", "torch"),
+    "tokenstats": ("", "torch"),
+    "packing": ("", ""),
     "config": ("errors", "pydantic tomli_w"),
-    "backends": ("", ""),
-    "backends.weights": ("errors", "httpx huggingface_hub torch transformers"),
-    "data": ("backends.weights config errors records", "datasets httpx pyarrow reasoning_gym"),
+    "hub": ("errors", "httpx huggingface_hub"),
+    "data": ("config errors hub records", "datasets httpx pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
-    "rewards.maths": ("errors rewards.text", "math_verify"),
-    "rewards.puzzles": ("errors rewards.text", ""),
+    "rewards.maths": ("rewards.text", "math_verify"),
+    "rewards.puzzles": ("rewards.text", ""),
     "rewards.gym": ("errors rewards.text", "reasoning_gym"),
     "rewards.loading": ("config errors rewards.gym rewards.maths rewards.puzzles rewards.text", ""),
     "rewards.scoring": ("errors records rewards.loading", ""),
@@ -37,28 +38,35 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rollout.sampling": ("", "numpy torch"),
     "rollout.engine": ("records rollout.sampling", "numpy torch"),
     "policy": ("records", "torch"),
+    "backends": ("", ""),
     "backends.template": ("errors records", ""),
+    "backends.weights": ("errors hub", "torch transformers"),
     "backends.transformers": (
-        "backends.template backends.weights config errors logprobs policy records rollout.engine",
+        "backends.template backends.weights config errors hub logprobs policy records rollout.engine",
         "bitsandbytes peft torch transformers",
     ),
-    "update": ("config objective policy records", "torch"),
+    "weighting": ("config objective", "torch"),
+    "update": ("config objective packing policy records tokenstats weighting", "torch"),
     "checkpoint": ("errors", "safetensors torch"),
     "run": ("config errors records", ""),
-    "evaluate": ("policy records rewards", ""),
+    "evaluate": ("packing policy records rewards", "torch"),
     "trainer": (
         "checkpoint config data errors evaluate policy records rewards run update", "bitsandbytes psutil torch"
     ),
+    "diagnose": ("config objective policy update weighting", "torch"),
     "screen": ("", "rich"),
+    "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.transformers checkpoint config data errors evaluate records rewards run screen trainer", ""
+        "__init__ backends.transformers checkpoint config data diagnose errors evaluate records rewards run screen "
+        "trainer update", ""
     ),
-    "cli": ("__init__ config errors run screen session", "typer"),
+    "compare": ("checkpoint config errors evaluate run screen session", ""),
+    "cli": ("__init__ compare config errors figures run screen session", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
-LAZY |= {"huggingface_hub", "httpx", "unsloth", "trackio"}
+LAZY |= {"huggingface_hub", "httpx", "matplotlib", "unsloth", "trackio"}
 # libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
 COMES_WITH = {"httpx": "huggingface_hub", "pyarrow": "datasets"}
 
@@ -186,7 +194,13 @@ def test_records_rewards_and_data_load_no_torch():
 def test_help_dry_run_and_presets_are_instant():
     """Nothing slow behind them: no torch (2 s), no model library, no numpy."""
     lines = [[*command.split(), "--help"] for command in ["", *COMMANDS]]
-    lines += [["--version"], ["presets", "list"], ["train", "--preset", "demo", "--dry-run"], ["train", "--bogus"]]
+    lines += [
+        ["--version"],
+        ["presets", "list"],
+        ["presets", "list", "--objectives"],
+        ["train", "--preset", "demo", "--dry-run"],
+        ["train", "--bogus"],
+    ]
     loaded = loaded_after(
         "from typer.testing import CliRunner\nfrom lite_trgrpo.cli import app\n"
         f"codes = [CliRunner().invoke(app, line).exit_code for line in {lines}]\n"

@@ -16,7 +16,7 @@ pytest.importorskip("hatchling", reason="builds the packages (extra: dev)")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"lite_trgrpo-{__version__}"
-PRESETS = {path.name: path.read_bytes() for path in (ROOT / "presets").glob("*.toml")}
+PRESETS = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "presets").rglob("*.toml")}
 # What lies about in a checkout and must not travel: an ignored environment, one that is not, caches, runs
 STRAY = [
     ".venv/lib/python3.11/site-packages/lite_trgrpo/stray.py",
@@ -72,13 +72,13 @@ def contents(archive: Path) -> dict[str, bytes]:
 def test_the_wheel_holds_the_presets_as_they_are(wheel):
     inside = {name: data for name, data in contents(wheel).items() if name.startswith("lite_trgrpo/presets/")}
     assert PRESETS
-    assert inside == {f"lite_trgrpo/presets/{name}": data for name, data in PRESETS.items()}
+    assert inside == {f"lite_trgrpo/{name}": data for name, data in PRESETS.items()}
 
 
 def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel):
     names = set(contents(wheel))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lite_trgrpo").rglob("*.py")}
-    presets = {f"lite_trgrpo/presets/{name}" for name in PRESETS}
+    presets = {f"lite_trgrpo/{name}" for name in PRESETS}
     about = {name for name in names if name.startswith(f"{NAME}.dist-info/")}
     assert names - about == modules | presets
 
@@ -101,13 +101,16 @@ def test_the_wheel_says_what_it_is(wheel):
 def test_an_installed_wheel_finds_its_presets_inside_itself(wheel, tmp_path):
     """Away from any checkout: unpacked, first on the path, run from a folder without `presets/`."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    script = "from lite_trgrpo.config import presets\nprint(*presets().values(), sep='\\n')"
+    script = (
+        "from lite_trgrpo.config import objectives, presets\n"
+        "print(*presets().values(), *objectives().values(), sep='\\n')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    folder = tmp_path / "site" / "lite_trgrpo" / "presets"
-    assert done.stdout.splitlines() == [str(folder / name) for name in sorted(PRESETS)], done.stderr
+    folder = tmp_path / "site" / "lite_trgrpo"
+    assert sorted(done.stdout.splitlines()) == sorted(str(folder / name) for name in PRESETS), done.stderr
 
 
 def test_the_source_archive_holds_what_a_checkout_does(sdist):

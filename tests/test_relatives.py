@@ -4,13 +4,13 @@ import importlib.util
 import itertools
 import math
 import statistics
+import sys
 import tomllib
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from lite_trgrpo import config
 from lite_trgrpo.errors import ConfigError
@@ -23,14 +23,7 @@ SEQUENCE_RATIOS = [0.7, 0.79, 0.81, 0.9995, 0.9998, 1.0003, 1.0005, 1.27, 1.29, 
 LENGTHS = [17, 17, 16, 17, 1, 13, 5, 9, 17, 2]
 
 
-class Batch(NamedTuple):
-    logprobs: torch.Tensor
-    old: torch.Tensor
-    ref: torch.Tensor
-    advantages: torch.Tensor
-    mask: torch.Tensor
-    weights: torch.Tensor
-    denominator: torch.Tensor
+Batch = namedtuple("Batch", "logprobs old ref advantages mask weights denominator")
 
 
 def batch(per_sequence=False, aggregation="sequence"):
@@ -53,9 +46,6 @@ def batch(per_sequence=False, aggregation="sequence"):
     weights = 0.5 + torch.rand(rows, width, generator=generator, dtype=torch.float64)
     denominator = denominators(mask.sum(1), aggregation, 32).double()
     return Batch(old + r.log(), old, ref, advantages, mask, weights, denominator)
-
-
-# -- the double loop ----------------------------------------------------------------------------------------
 
 
 def ppo(r, a, low, high, dual):
@@ -200,23 +190,17 @@ def test_garbage_in_the_padding_never_matters(name, fill):
     assert noisy[1][~given.mask].eq(0).all()
 
 
-# -- advantages and weights ---------------------------------------------------------------------------------
-
-
 def loop_advantages(rewards, estimator, eps=1e-4):
     there = [reward for reward in rewards if not math.isnan(reward)]
     if len(there) < 2 or min(there) == max(there):
         return [0.0] * len(rewards)
-    return [
-        0.0 if math.isnan(reward) else
-        {
-            "grpo": (reward - statistics.fmean(there)) / (statistics.stdev(there) + eps),
-            "dr-grpo": reward - statistics.fmean(there),
-            "rloo": reward - (math.fsum(there) - reward) / (len(there) - 1),
-            "reinforce-rej": reward,
-        }[estimator]
-        for reward in rewards
-    ]  # fmt: skip
+    advantage = {
+        "grpo": lambda reward: (reward - statistics.fmean(there)) / (statistics.stdev(there) + eps),
+        "dr-grpo": lambda reward: reward - statistics.fmean(there),
+        "rloo": lambda reward: reward - (math.fsum(there) - reward) / (len(there) - 1),
+        "reinforce-rej": lambda reward: reward,
+    }[estimator]
+    return [0.0 if math.isnan(reward) else advantage(reward) for reward in rewards]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr-grpo", "rloo", "reinforce-rej"])
@@ -239,8 +223,6 @@ def test_linear_weights_equal_a_loop(share):
     assert not got.requires_grad
     torch.testing.assert_close(weights_of(logprobs, config.Objective(weights="linear", share=share), 1.0), got)
 
-
-# -- recipes and refusals -----------------------------------------------------------------------------------
 
 RECIPES = config.objectives()
 
@@ -266,30 +248,52 @@ def test_no_two_recipes_are_the_same_and_all_choices_occur():
         assert {getattr(objective, option) for objective in shown} == allowed
 
 
+def plain_loss(**options):
+    logprobs, old, ref, advantages, mask, *_ = batch()
+    return policy_loss(logprobs, old, advantages, mask, **{"ref_logprobs": ref, **options}, denominator=1.0)
+
+
 @pytest.mark.parametrize("region", ["sequence", "cispo", "sapo", "dppo", "penalty"])
 def test_the_ratio_placement_is_refused_with_another_trust_region(region):
-    with pytest.raises(ValidationError, match="placement = ratio is Eq. 9"):
-        config.Objective(placement="ratio", trust_region=region)
+    wrong = {"placement": "ratio", "trust_region": region}
     with pytest.raises(ConfigError, match="set placement = surrogate"):
-        config.load("demo", overrides=["objective.placement=ratio", f"objective.trust_region={region}"])
-    given = batch()
-    with pytest.raises(ValueError, match="placement 'ratio' is Eq. 9"):
-        policy_loss(*given[:2], given.advantages, given.mask, placement="ratio", trust_region=region, denominator=1.0)
+        config.load("demo", overrides=[f"objective.{key}={value}" for key, value in wrong.items()])
+    with pytest.raises(ValueError, match="placement 'ratio' is Eq"):
+        plain_loss(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"trust_region": "ppo"}, {"placement": "inside"}, {"kl": "k4", "beta": 0.1}])
 def test_unknown_names_are_refused(wrong):
-    given = batch()
     with pytest.raises(ValueError, match="is not one of"):
-        policy_loss(*given[:2], given.advantages, given.mask, ref_logprobs=given.ref, denominator=1.0, **wrong)
-    with pytest.raises(ValidationError):
-        config.Objective(**wrong)
+        plain_loss(**wrong)
+    with pytest.raises(ConfigError):
+        config.load("demo", named={f"objective.{key}": value for key, value in wrong.items()})
 
 
-def test_unknown_recipes_and_estimators_are_refused():
+def test_what_is_missing_or_unknown_is_refused():
     with pytest.raises(ConfigError, match="Did you mean 'gspo'"):
         config.load("demo", objective="gsp")
     with pytest.raises(ValueError, match="is not one of"):
         group_advantages(torch.zeros(1, 2), estimator="raft")
     with pytest.raises(ValueError, match="needs ref_logprobs"):
-        policy_loss(*batch()[:2], batch().advantages, batch().mask, beta=0.1, denominator=1.0)
+        plain_loss(beta=0.1, ref_logprobs=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("project", "cases"), [("TRL", 11), ("verl", 14)])
+def test_the_relatives_are_those_of_trl_and_verl(project, cases):
+    pytest.importorskip("trl", reason="trl, one of the two compared with, is not installed (dev extra)")
+    path = Path(__file__).parents[1] / "benchmarks" / "relatives.py"
+    spec = importlib.util.spec_from_file_location("relatives", path)
+    relatives = sys.modules["relatives"] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up
+    spec.loader.exec_module(relatives)
+    verl = relatives.load_verl() if project == "verl" else "not asked for"
+    if project == "verl" and isinstance(verl, str):
+        pytest.skip(f"verl is {verl}")
+    same = [relatives.compare_advantages(name, verl) for name in relatives.ESTIMATORS]
+    same += [relatives.compare(case, verl) for case in relatives.CASES]
+    errors = [found[project] for found in same if project in found]
+    assert len(errors) == cases
+    assert all(error < 1e-5 for pair in errors for error in pair)
+    parted = [relatives.compare(case, verl).get(project, [1.0]) for case in relatives.PARTINGS]
+    assert all(max(pair) > 1e-3 for pair in parted)  # they part where the table says so

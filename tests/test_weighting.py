@@ -74,7 +74,7 @@ def test_normalised_weights_have_mean_one_over_the_step(weights):
 
 
 def step_of(objective, *, updates=2, token_budget=7, learning_rate=2.0):
-    """One step of the toy. -> weights of each batch in each update, the rows, their log p when sampled, statistics."""
+    """One step of the toy. -> every update's weights, log p as sampled, statistics."""
     policy = ToyPolicy()
     prompts = [policy.encode(text) for text in "013"]
     answers = policy.sample(prompts, Sampling(members=4, max_new_tokens=4))
@@ -99,7 +99,8 @@ def step_of(objective, *, updates=2, token_budget=7, learning_rate=2.0):
     ]
     each = len(seen) // updates
     assert each > 1  # micro-batches
-    return [torch.cat(seen[i * each : (i + 1) * each]) for i in range(updates)], torch.tensor(sampled, dtype=torch.float64), report
+    weights = [torch.cat(seen[i * each : (i + 1) * each]) for i in range(updates)]
+    return weights, torch.tensor(sampled, dtype=torch.float64), report
 
 
 @pytest.mark.parametrize("weights", ["offset", "linear"])

@@ -1,0 +1,114 @@
+"""Whole commands on a tiny real model: what a run leaves, what is said where, what comes after it."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from typer.testing import CliRunner
+
+from lite_trgrpo import config as options
+from lite_trgrpo.cli import app
+
+
+def call(*arguments, stdin=None):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def greedy(evaluation):
+    return [row["greedy"] for row in evaluation["rows"]]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    return folder, call("train", "--config", tiny_config, "--output", folder, "--set", "eval.samples=2")
+
+
+def test_what_a_run_leaves(run, tiny_config):
+    folder, _ = run
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl", "run.json",
+    ]  # fmt: skip
+    assert options.load(file=folder / "config.toml") == options.load(file=tiny_config, overrides=["eval.samples=2"])
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["prompts"] == {"training": 8, "heldout": 4, "too_long": 0}
+    assert facts["versions"]["torch"] == torch.__version__
+    before, after = lines(folder / "eval.jsonl")
+    assert (before["step"], after["step"]) == (0, 2)
+    assert {"pass@1", "pass@2", "gain"} <= after.keys()
+    assert [row["prompt"] for row in before["rows"]] == [row["prompt"] for row in after["rows"]]
+    heldout = {row["prompt"] for row in before["rows"]}
+    rollouts = lines(folder / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 3 and all(len(group["completions"]) == 4 for group in rollouts)
+    assert not heldout & {group["prompt"] for group in rollouts}
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")  # plain PEFT, base and adapter
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_talk_goes_to_stderr_and_results_to_stdout(run):
+    _, result = run
+    assert "<|im_start|>user" in result.stderr  # one prompt as the model reads it
+    assert "step 2/2" in result.stderr and "before training" in result.stderr
+    assert "gain in pass@1" in result.stdout and "step" not in result.stdout
+
+
+def test_same_seed_same_run(run, tiny_config, tmp_path):
+    folder, _ = run
+    call("train", "--config", tiny_config, "--output", tmp_path / "again", "--set", "eval.samples=2")
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        first, second = ([{**line, "clock": None} for line in lines(f / name)] for f in (folder, tmp_path / "again"))
+        assert first == second
+    assert (folder / "rollouts.jsonl").read_text() == (tmp_path / "again" / "rollouts.jsonl").read_text()
+
+
+def test_a_run_goes_on(run, tiny_config, tmp_path):
+    folder, _ = run
+    call("train", "--resume", folder, "--steps", 4)
+    call("train", "--config", tiny_config, "--output", tmp_path / "whole", "--steps", 4, "--set", "eval.samples=2")
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    for a, b in zip(lines(folder / "rollouts.jsonl"), lines(tmp_path / "whole" / "rollouts.jsonl"), strict=True):
+        assert a == b
+    adapters = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (folder, tmp_path / "whole")]
+    assert adapters[0] == adapters[1]
+    assert tomllib.loads((folder / "config.toml").read_text())["train"]["steps"] == 4
+
+
+def test_eval_scores_base_and_adapter(run, tiny_config):
+    folder, _ = run
+    scored = json.loads(call("eval", "--config", tiny_config, "--adapter", folder / "adapter", "--json").stdout)
+    assert [row["greedy"] for row in scored["rows"]] == [
+        row["greedy"] for row in lines(folder / "eval.jsonl")[-1]["rows"]
+    ]
+    base = json.loads(call("eval", "--config", tiny_config, "--json").stdout)
+    assert greedy(base) == greedy(lines(folder / "eval.jsonl")[0])
+    assert "pass@1" in call("eval", "--config", tiny_config).stdout
+
+
+def test_chat_answers_until_an_empty_line(run, tiny_config):
+    folder, _ = run
+    out = call(
+        "chat", "--config", tiny_config, "--adapter", folder / "adapter", stdin="2 + 2\nand 3?\n\nnever\n"
+    ).stdout
+    assert out.count("> ") == 3
+
+
+def test_a_filtered_sampler_is_warned_of_with_its_gap(tiny_config, tmp_path):
+    result = call("train", "--config", tiny_config, "-o", tmp_path / "r", "-s", "rollout.top_k=5", "-s", "eval.rows=0")
+    gap = lines(tmp_path / "r" / "metrics.jsonl")[0]["sampler_gap_mean"]
+    assert gap > 0.3  # 5 of 384 ids hold a small part of a flat distribution
+    assert f"differ by {gap:.3f} on" in " ".join(result.stderr.split())
+
+
+def test_nf4_run_repeats_and_reloads_equal(tiny_config, tmp_path):
+    settings = ["--config", tiny_config, "--set", "model.quantization=nf4"]
+    call("train", *settings, "--output", tmp_path / "r")
+    scored = json.loads(call("eval", *settings, "--adapter", tmp_path / "r" / "adapter", "--json").stdout)
+    assert greedy(scored) == greedy(lines(tmp_path / "r" / "eval.jsonl")[-1])
