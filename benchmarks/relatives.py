@@ -217,7 +217,7 @@ CASES = [
     Case("cispo", CISPO, "token", {"loss_type": "cispo", "epsilon_high": 5.0},
          {"policy": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0}, "cap 5, TRL's epsilon_high", 2.0),
     Case("sapo", {"trust_region": "sapo"}, "sequence", {"loss_type": "sapo"}, {"policy": "sapo"},
-         "verl: the sequence mean, whatever is set"),
+         "TRL holds tau in fp32; verl takes the sequence mean, whatever is set"),
     Case("dppo", {"trust_region": "dppo"}, "token", None, {"policy": "dppo_tv", "clip_ratio_c": 20.0},
          spread=2.0),
     Case("kl k1", {**KL, "kl": "k1"}, "sequence", None, verl_kl("k1"), "TRL's GRPO has k3 alone"),
@@ -241,7 +241,7 @@ PARTINGS = [  # against the one that is not followed
     Case("rloo", {}, "sequence", {"loss_type": "rloo"}, None,
          "TRL clips the product of a sequence's ratios (and has its KL in the reward). As verl: every token's"),
 ]  # fmt: skip
-ESTIMATORS = {"grpo": "eps 1e-4 as TRL's, passed to verl: its own is 1e-6", "dr-grpo": "", "rloo": ""}
+ESTIMATORS = {"grpo": "eps 1e-4 as TRL, whose std is corrected in fp32; verl's own is 1e-6", "dr-grpo": "", "rloo": ""}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -62,7 +62,7 @@ def save(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None. Torn ones are passed over."""
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
     return next((path for path in found if _is_whole(path)), None)
 
 

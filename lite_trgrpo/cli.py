@@ -87,7 +87,9 @@ def train(
     if resume is not None:
         if preset or config or set_ or output or objective or seed is not None:
             raise typer.BadParameter("--resume takes its options from the run; only --steps may be changed")
-        preset, config = None, resume / "config.toml"
+        from lite_trgrpo.run import Run
+
+        config = Run.existing(resume).folder / "config.toml"
     resolved = options.load(preset, config, set_, {"train.steps": steps, "train.seed": seed}, objective)
     if dry_run:
         print(options.to_toml(resolved), end="")
@@ -217,7 +219,10 @@ def compare(
 def presets_list(
     objectives: Annotated[bool, typer.Option("--objectives", help="List the objective recipes instead")] = False,
 ) -> None:
-    """What each preset teaches, on which card, how long; or each objective's formula and source."""
+    """What each preset teaches, on which card, how long; or each objective's formula and source.
+
+    Example: lite-trgrpo presets list
+    """
     from lite_trgrpo import config as options
 
     if objectives:
@@ -236,7 +241,10 @@ def presets_list(
 @presets_app.command(name="show")
 @command
 def presets_show(name: Annotated[str, typer.Argument(help="A preset's or objective's name")]) -> None:
-    """Print a preset's file: a start for your own (--config)."""
+    """Print a preset's file: a start for your own (--config).
+
+    Example: lite-trgrpo presets show demo
+    """
     from lite_trgrpo import config as options
 
     known = options.objective_path(name) if name in options.objectives() else options.preset_path(name)

@@ -34,7 +34,8 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
             if resume is None:  # nothing worth keeping yet
                 shutil.rmtree(run.folder, ignore_errors=True)
             session.train(config, run.folder, run.folder if resume else None)
-        kl = session.kl_to_base(config.model_copy(update={"model": _with_adapter(config, run)}))
+        trained = config.model.model_copy(update={"adapter": str(run.adapter)})
+        kl = session.kl_to_base(config.model_copy(update={"model": trained}))
         (run.folder / "kl.json").write_text(json.dumps({"kl_to_base": kl}), encoding="utf-8")
     names = list(dict.fromkeys(name for name, _ in arms))
     runs = {name: [Run(folder / f"{n}-s{seed}") for n, seed in arms if n == name] for name in names}
@@ -42,10 +43,6 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
         "objectives": [_summary(name, runs[name], runs[names[0]]) for name in names],
         "curves": {name: [[step["reward_mean"] for step in run.metrics()] for run in runs[name]] for name in names},
     }
-
-
-def _with_adapter(config: Config, run: Run) -> Any:
-    return config.model.model_copy(update={"adapter": str(run.adapter)})
 
 
 def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:

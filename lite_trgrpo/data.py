@@ -29,6 +29,8 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
     Held-out rows come from `eval_source` or `eval_split` where one is given, else from the source itself: at most half
     of its distinct prompts. Which rows are held out depends on `data.seed` alone, never on the run's seed.
     """
+    if data.eval_split and not _is_hub_id(data.eval_source or data.source):
+        raise DataError(f"data.eval_split = {data.eval_split!r}: only a Hub data set has splits; use data.eval_source")
     rows = examples(data, data.source, data.split)
     if data.eval_source or data.eval_split:
         pool = examples(data, data.eval_source or data.source, data.eval_split or data.split)
@@ -130,12 +132,17 @@ def _rows(data: Data, source: str, split: str) -> Iterable[Row]:
         return _reasoning_gym(name, data)
     if source.endswith(FILES):
         return _file(Path(source))
-    if source.count("/") == 1 and not source.startswith((".", "/")):
+    if _is_hub_id(source):
         return _hub(data, source, split)
     raise DataError(
         f"data.source {source!r} is not a file ending in {', '.join(FILES)}, a Hub id such as openai/gsm8k, "
         "reasoning-gym:TASK or builtin:addition"
     )
+
+
+def _is_hub_id(source: str) -> bool:
+    local = source.endswith(FILES) or source.startswith((".", "/", "builtin:", "reasoning-gym:"))
+    return source.count("/") == 1 and not local
 
 
 def _builtin(name: str, data: Data) -> Iterator[Row]:

@@ -100,7 +100,7 @@ def cispo_gain(r: Tensor, logprobs: Tensor, advantages: Tensor, cap: float) -> T
 
 def sapo_gain(r: Tensor, advantages: Tensor, tau: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """(4 / tau) sigmoid(tau (r - 1)) A: a soft gate in place of the clip (arXiv 2511.20347)."""
-    t = torch.where(advantages > 0, tau, tau_negative)
+    t = torch.where(advantages > 0, r.new_tensor(tau), r.new_tensor(tau_negative))
     return 4 / t * torch.sigmoid(t * (r - 1)) * advantages
 
 
@@ -120,6 +120,25 @@ def dppo_gain(
 def penalised_gain(r: Tensor, advantages: Tensor, penalty: float) -> Tensor:
     """r A - lambda (r - 1)^2: a soft penalty on the ratio's variance in place of the clip (R2VPO)."""
     return r * advantages - penalty * (r - 1).square()
+
+
+def beyond_bounds(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, trust_region: str, low: float, high: float
+) -> Tensor:
+    """[B, T] True where a token has left the trust region on the side that its advantage pushes to; sapo and penalty
+    have no such bound. For statistics; the losses above do not need it."""
+    log_r = logprobs - old_logprobs
+    if trust_region == "dppo":
+        change = logprobs.exp() - old_logprobs.exp()
+        up, down = change > high, change < -low
+    elif trust_region in ("clip", "sequence", "cispo"):
+        r = (sequence_ratio(log_r, mask) if trust_region == "sequence" else log_r.exp()).expand_as(log_r)
+        up, down = r > 1 + high, r < 1 - low
+    else:
+        return torch.zeros_like(mask)
+    if trust_region == "cispo":
+        return up & (advantages != 0)  # a cap only, whatever the sign
+    return (up & (advantages > 0)) | (down & (advantages < 0))
 
 
 # -- KL estimates, from log x = log pi_ref - log pi_theta ---------------------------------------------------

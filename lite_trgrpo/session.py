@@ -11,7 +11,7 @@ from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.config import Config
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.records import Sampling
+from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
 from lite_trgrpo.update import prepare_rows
@@ -61,7 +61,7 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
 def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
     scoring = _scoring(config)
-    _, heldout = data.load(config.data, config.eval.rows)
+    heldout = _heldout(config)
     policy = _policy(config)
     encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
     if too_long:
@@ -74,7 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def kl_to_base(config: Config, prompts: int = 64) -> float:
     """KL of the configured adapter to its base, per token (nats), on answers to held-out prompts."""
-    _, heldout = data.load(config.data, config.eval.rows)
+    heldout = _heldout(config)
     policy = _policy(config)
     encoded, _ = trainer.encode(policy, heldout[:prompts], config.data.max_prompt_tokens)
     return evaluation.kl_to_base(
@@ -120,6 +120,13 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def _heldout(config: Config) -> list[Example]:
+    _, heldout = data.load(config.data, config.eval.rows)
+    if not heldout:
+        raise RunError("there are no held-out rows to score: set eval.rows above 0, or give data.eval_source")
+    return heldout
 
 
 def _scoring(config: Config) -> list[rewards.Reward]:

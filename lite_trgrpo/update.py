@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.config import Objective
-from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss
+from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.packing import by_length
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.tokenstats import TokenStatistics
-from lite_trgrpo.weighting import step_mean, weights_of
+from lite_trgrpo.weighting import step_mean, weight_range, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,12 @@ class Row:
     """What its token losses are divided by; fixed by the whole step, see `objective.denominators`."""
 
     @property
+    def sampled_logprobs(self) -> list[float]:
+        """Of the tokens that are in the loss."""
+        pairs = zip(self.completion.logprobs, self.completion.sampled, strict=True)
+        return [logprob for logprob, sampled in pairs if sampled]
+
+    @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion.ids)
 
@@ -35,7 +41,7 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
     """Advantages and denominators of a whole step, then only the rows that teach something.
 
     Counted in the denominator: every graded completion (but truncated ones under `mask_truncated`). Dropped
-    afterwards, when beta = 0: rows whose advantage is 0, since their loss and gradient are 0.
+    afterwards: rows whose advantage is 0, where nothing else in the loss acts on them (a KL term, R2VPO's penalty).
     """
     if not groups:
         return []
@@ -48,11 +54,12 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
         else 0
         for (_, completion), reward in zip(flat, rewards.flatten().tolist(), strict=True)
     ]
+    pulls_without_advantage = objective.beta > 0 or objective.trust_region == "penalty"
     divisors = denominators(torch.tensor(counted), objective.aggregation, max_new_tokens).flatten().tolist()
     return [
         Row(group.prompt.ids, completion, advantage, divisor)
         for (group, completion), advantage, count, divisor in zip(flat, advantages, counted, divisors, strict=True)
-        if count > 0 and (advantage != 0 or objective.beta > 0)
+        if count > 0 and (advantage != 0 or pulls_without_advantage)
     ]
 
 
@@ -79,7 +86,7 @@ def update(
     with policy.reference():
         reference = [_frozen(policy, batch, temperature) if objective.beta > 0 else None for batch in batches]
     parameters = list(policy.trainable().values())
-    mean_weight = step_mean([row.completion.logprobs for row in rows], objective)
+    mean_weight = step_mean([row.sampled_logprobs for row in rows], objective)
     statistics = TokenStatistics()
     losses, norms, skipped = [], [], 0
     for _ in range(updates if rows else 0):
@@ -103,7 +110,7 @@ def update(
         "loss": _mean(losses),
         "grad_norm": _mean(norms),
         "updates_skipped": skipped,
-        **statistics.report(objective.low, objective.high),
+        **statistics.report(*weight_range(objective, mean_weight)),
     }
 
 
@@ -134,10 +141,10 @@ def _batch_loss(
         placement=objective.placement, trust_region=objective.trust_region, denominator=denominator,
     )  # fmt: skip
     with torch.no_grad():
-        ratio = torch.exp(logprobs - old)
-        if weights is not None and objective.placement == "ratio":
-            ratio = weights * ratio
-        outside = torch.where(advantages > 0, ratio > 1 + objective.clip_high, ratio < 1 - objective.clip_low)
+        moved = logprobs if weights is None or objective.placement == "surrogate" else logprobs + weights.log()
+        outside = beyond_bounds(
+            moved, old, advantages, mask, objective.trust_region, objective.clip_low, objective.clip_high
+        )
         statistics.add(
             mask,
             prob=logprobs.exp(),

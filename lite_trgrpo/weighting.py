@@ -44,3 +44,9 @@ def weights_of(logprobs: Tensor, objective: Objective, mean: float) -> Tensor | 
         return torch.full_like(logprobs, 1.0 if objective.normalise_weights else mean)
     weights = reading(logprobs, objective)
     return weights / mean if objective.normalise_weights else weights
+
+
+def weight_range(objective: Objective, mean: float) -> tuple[float, float]:
+    """Lowest and highest weight that can occur: the ends of the histogram."""
+    low, high = (1 - objective.share, 1.0) if objective.weights == "linear" else (objective.low, objective.high)
+    return (low / mean, high / mean) if objective.normalise_weights else (low, high)
