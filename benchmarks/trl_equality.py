@@ -44,8 +44,8 @@ from trl.trainer import utils as trl_utils
 
 from lite_trgrpo import config
 from lite_trgrpo.backends.transformers import TransformersPolicy, load
-from lite_trgrpo.config import Model, Objective
 from lite_trgrpo.objective import group_advantages
+from lite_trgrpo.options import Model, Objective
 from lite_trgrpo.records import Completion, Example, Group, Sampling
 from lite_trgrpo.update import prepare_rows, update
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from lite_trgrpo import session
 from lite_trgrpo.checkpoint import newest
-from lite_trgrpo.config import Config
 from lite_trgrpo.evaluate import paired_gain
+from lite_trgrpo.options import Config
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
 

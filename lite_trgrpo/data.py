@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config import Data, nearest
+from lite_trgrpo.config import nearest
 from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
 from lite_trgrpo.hub import fetch
+from lite_trgrpo.options import Data
 from lite_trgrpo.records import Example
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_trgrpo.config import Objective
 from lite_trgrpo.objective import policy_loss
+from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.update import Row, batch_tensors, micro_batches
 from lite_trgrpo.weighting import weights_of

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config import Config, to_toml
+from lite_trgrpo.config import to_toml
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.options import Config
 from lite_trgrpo.records import Group
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")

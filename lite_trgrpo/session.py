@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
-from lite_trgrpo.config import Config
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.options import Config
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from lite_trgrpo import checkpoint
-from lite_trgrpo.config import Config, Train
 from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
+from lite_trgrpo.options import Config, Train
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Reward, score

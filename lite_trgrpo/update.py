@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lite_trgrpo.config import Objective
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
+from lite_trgrpo.options import Objective
 from lite_trgrpo.packing import by_length
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group

@@ -9,8 +9,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.backends.template import Template
-from lite_trgrpo.config import Model
 from lite_trgrpo.errors import ModelError
+from lite_trgrpo.options import Model
 from lite_trgrpo.records import Sampling
 from tests.tiny import END, KINDS, PAD, tiny_model, tiny_model_folder, tiny_tokenizer
 

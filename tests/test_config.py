@@ -10,6 +10,7 @@ import pytest
 
 from lite_trgrpo import config as options
 from lite_trgrpo.errors import ConfigError
+from lite_trgrpo.options import Config, Section
 
 PACKAGE = Path(options.__file__).parent
 PRESETS = list(options.presets())
@@ -372,7 +373,7 @@ def test_options_that_are_unset_have_no_line():
 
 
 def test_sections_and_config_name_the_same():
-    assert {name: field.annotation for name, field in options.Config.model_fields.items()} == options.SECTIONS
+    assert {name: field.annotation for name, field in Config.model_fields.items()} == options.SECTIONS
 
 
 @pytest.mark.parametrize(("section", "key"), ALL)
@@ -384,11 +385,11 @@ def test_every_option_has_a_description(section, key):
 
 @pytest.mark.parametrize("section", options.SECTIONS)
 def test_every_section_has_a_description_of_its_own(section):
-    assert options.SECTIONS[section].__doc__ not in (None, "", options.Section.__doc__)
+    assert options.SECTIONS[section].__doc__ not in (None, "", Section.__doc__)
 
 
 def test_a_description_stands_nowhere_else_in_the_package():
-    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "config.py"}
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "options.py"}
     descriptions = [options.SECTIONS[section].model_fields[key].description or "" for section, key in ALL]
     assert not [(d, path.name) for d in descriptions if len(d) > 25 for path, text in texts.items() if d in text]
 
@@ -397,7 +398,7 @@ def test_every_option_is_read_by_the_code():
     """An option that nothing reads would promise what does not happen. Only lora_dropout is there to be refused."""
     read = {
         node.attr
-        for path in PACKAGE.rglob("*.py") if path.name != "config.py"
+        for path in PACKAGE.rglob("*.py") if path.name != "options.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
     }  # fmt: skip
     assert [f"{section}.{key}" for section, key in ALL if key not in read] == ["model.lora_dropout"]

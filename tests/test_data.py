@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lite_trgrpo import data
-from lite_trgrpo.config import Data
 from lite_trgrpo.errors import DataError, MissingPackageError
+from lite_trgrpo.options import Data
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 3?", "answer": "5"}, {"prompt": "4 + 4?", "answer": "8"}]
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow (extra: data)")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lite_trgrpo import config as options
 from lite_trgrpo import diagnose, trainer
 from lite_trgrpo.cli import app
-from lite_trgrpo.config import Objective
+from lite_trgrpo.options import Objective
 from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.update import prepare_rows, update
 from tests.test_trainer import BASE, EXAMPLES

@@ -24,9 +24,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "logprobs": ("", "torch"),
     "tokenstats": ("", "torch"),
     "packing": ("", ""),
-    "config": ("errors", "pydantic tomli_w"),
+    "options": ("", "pydantic"),
+    "config": ("errors options", "pydantic tomli_w"),
     "hub": ("errors", "httpx huggingface_hub"),
-    "data": ("config errors hub records", "datasets httpx pyarrow reasoning_gym"),
+    "data": ("config errors hub options records", "datasets httpx pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
     "rewards.maths": ("rewards.text", "math_verify"),
     "rewards.puzzles": ("rewards.text", ""),
@@ -42,25 +43,25 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
     "backends.transformers": (
-        "backends.template backends.weights config errors hub logprobs policy records rollout.engine",
+        "backends.template backends.weights errors hub logprobs options policy records rollout.engine",
         "bitsandbytes peft torch transformers",
     ),
-    "weighting": ("config objective", "torch"),
-    "update": ("config objective packing policy records tokenstats weighting", "torch"),
+    "weighting": ("objective options", "torch"),
+    "update": ("objective options packing policy records tokenstats weighting", "torch"),
     "checkpoint": ("errors", "safetensors torch"),
-    "run": ("config errors records", ""),
+    "run": ("config errors options records", ""),
     "evaluate": ("packing policy records rewards", "torch"),
     "trainer": (
-        "checkpoint config data errors evaluate policy records rewards run update", "bitsandbytes psutil torch"
+        "checkpoint data errors evaluate options policy records rewards run update", "bitsandbytes psutil torch"
     ),
-    "diagnose": ("config objective policy update weighting", "torch"),
+    "diagnose": ("objective options policy update weighting", "torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.transformers checkpoint config data diagnose errors evaluate records rewards run screen "
+        "__init__ backends.transformers checkpoint data diagnose errors evaluate options records rewards run screen "
         "trainer update", ""
     ),
-    "compare": ("checkpoint config errors evaluate run screen session", ""),
+    "compare": ("checkpoint errors evaluate options run screen session", ""),
     "cli": ("__init__ compare config errors figures run screen session", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
@@ -150,7 +151,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("rich", {"screen"}),
         ("click", set()),
         ("safetensors", {"checkpoint"}),
-        ("pydantic", {"config"}),
+        ("pydantic", {"config", "options"}),
         ("peft", {"backends.transformers"}),
         ("transformers", {"backends.transformers", "backends.weights"}),
         ("bitsandbytes", {"backends.transformers", "trainer"}),

@@ -15,6 +15,7 @@ import torch
 from lite_trgrpo import config
 from lite_trgrpo.errors import ConfigError
 from lite_trgrpo.objective import denominators, group_advantages, linear_weights, policy_loss
+from lite_trgrpo.options import Objective
 from lite_trgrpo.weighting import weights_of
 
 # on both sides of every bound below: 0.8, 1.28, the dual clip at 3, CISPO's cap at 5, DPPO's at 20
@@ -221,7 +222,7 @@ def test_linear_weights_equal_a_loop(share):
     got = linear_weights(logprobs, share=share)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
     assert not got.requires_grad
-    torch.testing.assert_close(weights_of(logprobs, config.Objective(weights="linear", share=share), 1.0), got)
+    torch.testing.assert_close(weights_of(logprobs, Objective(weights="linear", share=share), 1.0), got)
 
 
 RECIPES = config.objectives()
@@ -244,7 +245,7 @@ def test_no_two_recipes_are_the_same_and_all_choices_occur():
     shown = [config.load("demo", objective=name).objective for name in RECIPES]
     assert len({objective.model_dump_json() for objective in shown}) == len(RECIPES) >= 16
     for option in ("weights", "advantage", "trust_region", "aggregation", "placement"):
-        allowed = set(config.Objective.model_fields[option].annotation.__args__)
+        allowed = set(Objective.model_fields[option].annotation.__args__)
         assert {getattr(objective, option) for objective in shown} == allowed
 
 

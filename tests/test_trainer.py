@@ -10,6 +10,7 @@ from lite_trgrpo import config as options
 from lite_trgrpo import trainer
 from lite_trgrpo.checkpoint import newest
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.run import Run
@@ -157,7 +158,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
 
 
 def test_learning_rate_schedules():
-    train = options.Train(steps=10, warmup_steps=2, learning_rate=1.0, schedule="linear")
+    train = Train(steps=10, warmup_steps=2, learning_rate=1.0, schedule="linear")
     assert [trainer.learning_rate_at(step, train) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
     cosine = train.model_copy(update={"schedule": "cosine"})
     assert trainer.learning_rate_at(6, cosine) == pytest.approx(0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lite_trgrpo import update as module
-from lite_trgrpo.config import Objective
+from lite_trgrpo.options import Objective
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.tokenstats import BINS, TokenStatistics, histogram
 from lite_trgrpo.update import prepare_rows, update

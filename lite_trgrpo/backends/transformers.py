@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.backends.weights import Located, locate
-from lite_trgrpo.config import Model
 from lite_trgrpo.errors import ModelError
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.logprobs import selected_logprobs
+from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences
 from lite_trgrpo.records import Completion, Message, Prompt, Sampling
 from lite_trgrpo.rollout.engine import sample_groups
