@@ -1,0 +1,71 @@
+"""What an adapter trained on a 4-bit base does there after reloading, and on the unquantised base.
+
+    lite-trgrpo train --preset demo --set model.quantization=nf4 --output runs/nf4
+    python benchmarks/quantisation.py runs/nf4
+
+Reloaded with the same quantisation the greedy answers must equal those of the run's last evaluation; on the unquantised
+base scores are compared instead, with the difference of log-probabilities on the same answers.
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lite_trgrpo import config, data, evaluate, rewards, trainer
+from lite_trgrpo.backends import transformers as backend
+from lite_trgrpo.options import Config
+from lite_trgrpo.packing import by_length
+from lite_trgrpo.run import Run
+
+
+def scored(options: Config, run: Run, quantization: str):
+    """-> (evaluation, log-probabilities of the run's own last greedy answers) with the adapter on this base."""
+    model = options.model.model_copy(update={"adapter": str(run.adapter), "quantization": quantization})
+    policy = backend.load(model, seed=0)
+    _, heldout = data.load(options.data, options.eval.rows)
+    encoded, _ = trainer.encode(policy, heldout, options.data.max_prompt_tokens)
+    functions = rewards.load(options.rewards.functions, options.rewards.options)
+    sampling = trainer.eval_sampling(options)
+    result = evaluate.evaluate(policy, encoded, functions, sampling, samples=0, solved_at=options.rewards.solved_at)
+    tokenizer = policy.template.tokenizer
+    answers = [
+        (prompt.ids, tuple(tokenizer(row["greedy"], add_special_tokens=False).input_ids))
+        for (_, prompt), row in zip(encoded, run.evaluations()[-1]["rows"], strict=True)
+    ]
+    logprobs = []
+    with torch.no_grad():
+        for batch in by_length(answers, lambda row: len(row[0]) + len(row[1]), 2048):
+            found, _ = policy.logprobs(batch, options.rollout.temperature)
+            logprobs += [found[i, : len(ids)] for i, (_, ids) in enumerate(batch)]
+    return result, torch.cat(logprobs)
+
+
+def main(folder: str) -> None:
+    run = Run.existing(Path(folder))
+    options = config.load(file=run.folder / "config.toml")
+    if options.model.quantization != "nf4":
+        sys.exit(f"{folder} was not trained on nf4: train one with --set model.quantization=nf4")
+    quantised, on_nf4 = scored(options, run, "nf4")
+    plain, on_plain = scored(options, run, "none")
+    last = run.evaluations()[-1]["rows"]
+    same = sum(a["greedy"] == b["greedy"] for a, b in zip(quantised["rows"], last, strict=True))
+    moved = sum(a["greedy"] != b["greedy"] for a, b in zip(plain["rows"], last, strict=True))
+    gap = (on_nf4 - on_plain).abs()
+    print(f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}, transformers {version('transformers')}")
+    print(f"before training, nf4:       pass@1 {run.evaluations()[0]['pass@1']['value']:.3f}")
+    print(f"after, in the run, nf4:     pass@1 {run.evaluations()[-1]['pass@1']['value']:.3f}")
+    print(
+        f"reloaded on nf4:            pass@1 {quantised['pass@1']['value']:.3f}, {same} of {len(last)} greedy answers equal"
+    )
+    print(
+        f"on the unquantised base:    pass@1 {plain['pass@1']['value']:.3f}, {moved} of {len(last)} greedy answers differ"
+    )
+    print(f"|difference of log-probs|:  mean {gap.mean():.3f}, largest {gap.max():.3f} over {len(gap)} tokens")
+    if same != len(last):
+        sys.exit("reloaded answers differ: the adapter was not saved as it was trained")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
