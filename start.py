@@ -79,6 +79,8 @@ def environment(extra: str) -> None:
     if found:
         stop("Before this can run:\n" + "\n".join("  - " + problem for problem in found))
     if not reusable():
+        if VENV.exists() and not STAMP.exists():  # somebody's own, with another Python or without pip
+            stop(f"{VENV} was not made by this script and cannot be used: move it away and type the command again")
         say("making .venv")
         if subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)]).returncode:
             stop(f"{sys.executable} could not make {VENV} (see above); delete that folder and try again")
@@ -135,7 +137,7 @@ def idle_card() -> str:
 
 
 def run(*command: object) -> int:
-    """Run it to its end. Ctrl-C is left to it, so that a training run can save itself."""
+    """Run it to its end. Ctrl-C is left to it: it says what happened and gives its own exit code."""
     signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.call([str(part) for part in command], cwd=str(ROOT))
     return code if code >= 0 else 128 - code

@@ -20,8 +20,8 @@ from lite_trgrpo.packing import by_length
 from lite_trgrpo.run import Run
 
 
-def scored(options: Config, run: Run, quantization: str):
-    """-> (evaluation, log-probabilities of the run's own last greedy answers) with the adapter on this base."""
+def scored(options: Config, run: Run, quantization: str, answers=None):
+    """-> (evaluation with the adapter on this base, answers as ids, their log-probabilities); its own if none given."""
     model = options.model.model_copy(update={"adapter": str(run.adapter), "quantization": quantization})
     policy = backend.load(model, seed=0)
     _, heldout = data.load(options.data, options.eval.rows)
@@ -29,17 +29,14 @@ def scored(options: Config, run: Run, quantization: str):
     functions = rewards.load(options.rewards.functions, options.rewards.options)
     sampling = trainer.eval_sampling(options)
     result = evaluate.evaluate(policy, encoded, functions, sampling, samples=0, solved_at=options.rewards.solved_at)
-    tokenizer = policy.template.tokenizer
-    answers = [
-        (prompt.ids, tuple(tokenizer(row["greedy"], add_special_tokens=False).input_ids))
-        for (_, prompt), row in zip(encoded, run.evaluations()[-1]["rows"], strict=True)
-    ]
+    if answers is None:
+        answers = [(prompt.ids, tuple(row["ids"])) for (_, prompt), row in zip(encoded, result["rows"], strict=True)]
     logprobs = []
     with torch.no_grad():
         for batch in by_length(answers, lambda row: len(row[0]) + len(row[1]), 2048):
             found, _ = policy.logprobs(batch, options.rollout.temperature)
             logprobs += [found[i, : len(ids)] for i, (_, ids) in enumerate(batch)]
-    return result, torch.cat(logprobs)
+    return result, answers, torch.cat(logprobs)
 
 
 def main(folder: str) -> None:
@@ -47,8 +44,8 @@ def main(folder: str) -> None:
     options = config.load(file=run.folder / "config.toml")
     if options.model.quantization != "nf4":
         sys.exit(f"{folder} was not trained on nf4: train one with --set model.quantization=nf4")
-    quantised, on_nf4 = scored(options, run, "nf4")
-    plain, on_plain = scored(options, run, "none")
+    quantised, answers, on_nf4 = scored(options, run, "nf4")
+    plain, _, on_plain = scored(options, run, "none", answers)
     last = run.evaluations()[-1]["rows"]
     same = sum(a["greedy"] == b["greedy"] for a, b in zip(quantised["rows"], last, strict=True))
     moved = sum(a["greedy"] != b["greedy"] for a, b in zip(plain["rows"], last, strict=True))

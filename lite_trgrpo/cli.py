@@ -169,6 +169,8 @@ def diagnose(
     resolved = options.load(preset, config, set_, {"model.adapter": adapter})
     from lite_trgrpo import figures, screen, session
 
+    if figure is not None:
+        figures.check(figure)
     result = session.diagnose(resolved, prompts)
     if figure is not None:
         figures.diagnosis(result, figure)
@@ -208,10 +210,12 @@ def compare(
     from lite_trgrpo import compare as comparing
     from lite_trgrpo import figures, screen
 
+    picture = output / "compare.svg"
+    figures.check(picture)
     result = comparing.run_arms(arms, output)
     (output / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     screen.show([screen.comparison_table(result["objectives"])])
-    figures.comparison(result["curves"], output / "compare.svg")
+    figures.comparison(result["curves"], picture)
 
 
 @presets_app.command(name="list")
@@ -228,7 +232,9 @@ def presets_list(
     if objectives:
         for name, path in options.objectives().items():
             head = options.head_comment(path)
+            settings = options.read_toml(path)["objective"]
             print(f"{name:16} {head['what']}\n{'':16} {head['formula']}\n{'':16} {head['source']}")
+            print(f"{'':16} {', '.join(f'{key} = {value}' for key, value in settings.items())}")
         return
     for name, path in options.presets().items():
         head = options.head_comment(path)

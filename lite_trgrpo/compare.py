@@ -1,7 +1,6 @@
 """A fair comparison of objectives: identical prompts, initial weights and sampling numbers; one arm after another."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from lite_trgrpo import session
 from lite_trgrpo.checkpoint import newest
+from lite_trgrpo.config import to_toml
+from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import paired_gain
 from lite_trgrpo.options import Config
 from lite_trgrpo.run import Run
@@ -24,6 +25,7 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
 
     -> {"objectives": one summary each, in order, "curves": rewards by step for each objective and seed}
     """
+    _check(arms, folder)
     for (name, seed), config in arms.items():
         run = Run(folder / f"{name}-s{seed}")
         talk.print(f"== {name}, seed {seed}")
@@ -41,8 +43,26 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
     runs = {name: [Run(folder / f"{n}-s{seed}") for n, seed in arms if n == name] for name in names}
     return {
         "objectives": [_summary(name, runs[name], runs[names[0]]) for name in names],
-        "curves": {name: [[step["reward_mean"] for step in run.metrics()] for run in runs[name]] for name in names},
+        "curves": {
+            name: [[step["reward_mean"] or 0.0 for step in run.metrics()] for run in runs[name]] for name in names
+        },
     }
+
+
+def _check(arms: Arms, folder: Path) -> None:
+    """Refuse arms that are the same run, and a folder that holds arms of another one."""
+    for seed in {seed for _, seed in arms}:
+        names = [name for name, s in arms if s == seed]
+        for i, name in enumerate(names):
+            same = [other for other in names[:i] if arms[other, seed] == arms[name, seed]]
+            if same:
+                raise RunError(
+                    f"{same[0]} and {name} are the same options: --set or a file decides what they differ in"
+                )
+    for (name, seed), config in arms.items():
+        path = folder / f"{name}-s{seed}" / "config.toml"
+        if path.exists() and path.read_text(encoding="utf-8") not in ("", to_toml(config)):
+            raise RunError(f"{path.parent} was trained with other options; give --output another folder")
 
 
 def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
@@ -60,7 +80,7 @@ def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[st
         "after": [found[-1]["pass@1"]["value"] for found in evaluations],
         "over_first": paired_gain(others, solved),
         "grad_norm_mean": _mean([_mean(seed) for seed in norms]),
-        "grad_norm_variance": _mean([pvariance(seed) if seed else math.nan for seed in norms]),
+        "grad_norm_variance": _mean([pvariance(seed) for seed in norms if seed]),
         "entropy": _mean(entropies),
         "weight_mean": _mean(weights),
         "kl_to_base": fmean(json.loads((run.folder / "kl.json").read_text())["kl_to_base"] for run in runs),
@@ -69,8 +89,8 @@ def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[st
 
 
 def _mean(values: Sequence[float]) -> float:
-    """NaN where no step had an update to take a mean of."""
-    return fmean(values) if values else math.nan
+    """0 where no step had an update to take a mean of."""
+    return fmean(values) if values else 0.0
 
 
 def _minutes(steps: Sequence[Mapping[str, Any]]) -> float:

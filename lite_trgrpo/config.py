@@ -1,6 +1,6 @@
 """From presets, files and flags to a run's options, and back to TOML.
 
-Values come from, later winning: the defaults in `options.py`, a preset, an objective recipe, a TOML file,
+Values come from, later winning: the defaults in `options.py`, a preset, a TOML file, an objective recipe,
 `--set section.key=value`, named flags. A key's value is replaced as a whole (a table such as `rewards.functions` is one
 value, it is not merged); only a recipe's reward is added to the preset's.
 """
@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from lite_trgrpo.errors import ConfigError
-from lite_trgrpo.options import SECTIONS, Config
+from lite_trgrpo.options import SECTIONS, Config, Rewards
 
 Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validated
 
@@ -107,14 +107,14 @@ def load(
     merged: Settings = {}
     if preset:
         _lay_over(merged, preset_path(preset))
-    if objective:
-        # a recipe adds its reward to the preset's instead of replacing it
-        rewards = dict(merged.get("rewards", {}).get("functions", {}))
-        _lay_over(merged, objective_path(objective))
-        if rewards:
-            merged["rewards"]["functions"] = rewards | merged["rewards"]["functions"]
     if file:
         _lay_over(merged, file)
+    if objective:
+        # a recipe adds its reward to those there are instead of replacing them
+        given = merged.get("rewards", {}).get("functions", Rewards().functions)
+        _lay_over(merged, objective_path(objective))
+        added = merged.get("rewards", {}).get("functions", {})
+        merged.setdefault("rewards", {})["functions"] = given | added if isinstance(given, dict) else given
     for section, key, value in map(parse_override, overrides):
         merged.setdefault(section, {})[key] = value
     for name, value in (named or {}).items():

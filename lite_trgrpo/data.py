@@ -34,7 +34,8 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
         raise DataError(f"data.eval_split = {data.eval_split!r}: only a Hub data set has splits; use data.eval_source")
     rows = examples(data, data.source, data.split)
     if data.eval_source or data.eval_split:
-        pool = examples(data, data.eval_source or data.source, data.eval_split or data.split)
+        other = data.model_copy(update={"subset": None, "revision": None, "options": {}}) if data.eval_source else data
+        pool = examples(other, data.eval_source or data.source, data.eval_split or data.split)
         limit = eval_rows
     else:
         pool, limit = rows, min(eval_rows, len({row.text for row in rows}) // 2)
@@ -49,16 +50,16 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
     return training, heldout
 
 
-def batch(count: int, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
+def batch(count: int, per_step: int, seed: int, step: int, refill: int = 0) -> list[int]:
     """Indices of the examples of a step: a pure function, so a resumed run continues exactly where it was.
 
-    Each epoch is its own shuffle; a step may span two epochs. Rounds above 0 are fresh prompts for the same step, from
+    Each epoch is its own shuffle; a step may span two epochs. Refills above 0 are fresh prompts for the same step, from
     shuffles of their own.
     """
     indices = []
     for position in range(step * per_step, (step + 1) * per_step):
         epoch, place = divmod(position, count)
-        indices.append(_order(count, f"{seed}:{epoch}:{round}" if round else f"{seed}:{epoch}")[place])
+        indices.append(_order(count, f"{seed}:{epoch}:{refill}" if refill else f"{seed}:{epoch}")[place])
     return indices
 
 

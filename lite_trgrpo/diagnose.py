@@ -16,7 +16,7 @@ from lite_trgrpo.policy import Policy
 from lite_trgrpo.update import Row, batch_tensors, micro_batches
 from lite_trgrpo.weighting import weights_of
 
-READINGS = ("none", "offset", "centred", "reverse")
+SHOWN = ("none", "offset", "centred", "reverse")
 QUARTILES = 4
 
 
@@ -31,13 +31,13 @@ def quartile_gradients(
     edges, count = _edges(rows)
     parameters = list(policy.trainable().values())
     size = sum(p.numel() for p in parameters)
-    gradients = {reading: torch.zeros(QUARTILES, size) for reading in READINGS}  # [4, weights] on the CPU
-    sums = {reading: torch.zeros(QUARTILES, 2, dtype=torch.float64) for reading in READINGS}  # weight, tokens
+    gradients = {reading: torch.zeros(QUARTILES, size) for reading in SHOWN}  # [4, weights] on the CPU
+    sums = {reading: torch.zeros(QUARTILES, 2, dtype=torch.float64) for reading in SHOWN}  # weight, tokens
     for batch in micro_batches(rows, token_budget):
         logprobs, _ = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
         mask, sampled, advantages, denominator = batch_tensors(batch, logprobs)
         quartile = torch.bucketize(sampled.exp(), edges.to(logprobs), right=True)  # [B, T] 0..3
-        for reading in READINGS:
+        for reading in SHOWN:
             chosen = objective.model_copy(update={"weights": reading, "normalise_weights": False})
             weights = weights_of(logprobs, chosen, mean=1.0)
             for q in range(QUARTILES):
@@ -47,13 +47,14 @@ def quartile_gradients(
                 loss = policy_loss(
                     logprobs, logprobs.detach(), advantages, part,
                     weights=weights, placement=objective.placement, denominator=denominator,
+                    clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=objective.dual_clip,
                 )  # fmt: skip
                 found = torch.autograd.grad(loss, parameters, retain_graph=True)
                 gradients[reading][q] += torch.cat([g.flatten().float().cpu() for g in found])
                 weight = part.sum() if weights is None else weights[part].sum()
                 sums[reading][q] += torch.tensor([float(weight), float(part.sum())], dtype=torch.float64)
     bounds = [0.0, *edges.tolist(), 1.0]
-    table = {reading: _table(gradients[reading], sums[reading], bounds) for reading in READINGS}
+    table = {reading: _table(gradients[reading], sums[reading], bounds) for reading in SHOWN}
     return {"tokens": count, "readings": table}
 
 

@@ -58,6 +58,7 @@ def evaluate(
             "prompt": example.text,
             "answer": example.columns.get("answer"),
             "greedy": completion.text,
+            "ids": list(completion.ids),
             "stopped": completion.stopped,
             "tokens": len(completion.ids),
             "solved": bool(_solved(greedy[i], rewards, solved_at)[0]),

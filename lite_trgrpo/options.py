@@ -75,7 +75,9 @@ class Data(Section):
     subset: str | None = Field(None, description="Configuration name of a Hub data set, e.g. main")
     split: str = Field("train", description="Split of a Hub data set to train on")
     revision: str | None = Field(None, description="Hub revision of the data set")
-    eval_source: str | None = Field(None, description="Another source for the held-out rows")
+    eval_source: str | None = Field(
+        None, description="Another source for the held-out rows (subset, revision and options are of `source`)"
+    )
     eval_split: str | None = Field(None, description="Split of the Hub data set that holds the held-out rows")
     prompt: str = Field("prompt", description="Column that holds the prompt: a string or a list of chat messages")
     answer: str = Field("answer", description="Column with the gold answer, seen by rewards as `answer`; '' for none")
@@ -184,6 +186,8 @@ class Objective(Section):
                 f"placement = ratio is Eq. 9 as printed, whose trust region is clip, not {self.trust_region}; "
                 "set placement = surrogate"
             )
+        if self.dual_clip is not None and self.trust_region not in ("clip", "sequence"):
+            raise ValueError(f"dual_clip belongs to trust_region clip or sequence, not {self.trust_region}; unset it")
         if self.low > self.high:
             raise ValueError(f"low = {self.low} is above high = {self.high}; swap them")
         return self

@@ -22,7 +22,7 @@ class Run:
         self.adapter = folder / "adapter"
 
     @classmethod
-    def create(cls, folder: Path) -> "Run":
+    def create(cls, folder: Path, config: Config) -> "Run":
         """A new run. A folder that already holds one is refused."""
         if (folder / "config.toml").exists():
             raise RunError(
@@ -31,7 +31,7 @@ class Run:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").touch()
+            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
         except OSError as error:
             raise RunError(f"cannot write into {folder}: {error.strerror}; give --output another folder") from None
         return cls(folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,14 +18,15 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def step_line(metrics: Mapping[str, Any]) -> str:
-    """The headline of a step. The loss is not in it: with one update a batch it is 0 by construction."""
+def step_line(metrics: Mapping[str, Any], width: int = 120) -> str:
+    """The headline of a step. The loss is not in it: with one update a batch it says nothing about learning."""
     reward = metrics["reward_mean"]
-    return (
+    line = (
         f"reward {'  -  ' if reward is None else f'{reward:5.3f}'}  solved {metrics['solved']:4.0%}  "
-        f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}  "
-        f"length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
+        f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}"
     )
+    rest = f"  length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
+    return line + rest if width >= 110 else line
 
 
 @contextmanager
@@ -34,13 +35,10 @@ def progress(total: int) -> Iterator[Any]:
     if not talk.is_terminal or talk.is_dumb_terminal:
         yield lambda metrics: talk.print(f"step {metrics['step']}/{total}  {step_line(metrics)}", soft_wrap=True)
         return
-    columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=12), TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )  # fmt: skip
+    columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=talk) as bar:
         task = bar.add_task("", total=total)
-        yield lambda metrics: bar.update(task, completed=metrics["step"], description=step_line(metrics))
+        yield lambda metrics: bar.update(task, completed=metrics["step"], description=step_line(metrics, talk.width))
 
 
 def eval_line(line: Mapping[str, Any]) -> str:
@@ -68,8 +66,9 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int
         if isinstance(value, Mapping) and "low" in value and name in before:
             scores.add_row(name, _estimate(before[name]), _estimate(value))
     scores.add_row("truncated", f"{before['truncated']:.1%}", f"{after['truncated']:.1%}")
-    if "gain" in after:
-        scores.add_row("gain in pass@1", "", _estimate(after["gain"]))
+    for name, key in (("gain in pass@1", "gain"), ("gain in pass@k", "gain_k")):
+        if key in after:
+            scores.add_row(name, "", _estimate(after[key]))
     yield scores
     answers = Table(title="greedy answers", title_justify="left")
     for column in ("prompt", "gold", "before", "after"):

@@ -1,6 +1,7 @@
 """What a command does once its options are known: load everything, check it, run it, show it."""
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -34,8 +35,14 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
     policy = _policy(config)
     training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
     heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
-    run = Run.create(output) if resume is None else Run(resume)
+    if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
+        pinned = config.model.model_copy(update={"revision": policy.located.revision})
+        config = config.model_copy(update={"model": pinned})
+    run = Run.create(output, config) if resume is None else Run(resume)
     run.describe(config, _facts(policy, len(training), len(heldout), too_long + heldout_too_long))
+    if policy.device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
+        talk.print("warning: there is an NVIDIA card, but this torch cannot use it, so the CPU is used; install a CUDA "
+                   "build (pytorch.org/get-started), or say --set model.device=cpu if that is meant")  # fmt: skip
     talk.print(
         f"{config.model.name} on {policy.device}, {sum(p.numel() for p in policy.trainable().values()):,} trainable "
         f"weights; {len(training)} prompts, {len(heldout)} held out, {too_long + heldout_too_long} too long and left "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, pvariance
 from typing import Any
 
 import psutil
@@ -15,7 +15,7 @@ from torch import nn
 
 from lite_trgrpo import checkpoint
 from lite_trgrpo.data import batch
-from lite_trgrpo.errors import DataError
+from lite_trgrpo.errors import DataError, RunError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.options import Config, Train
 from lite_trgrpo.policy import Policy
@@ -25,6 +25,7 @@ from lite_trgrpo.run import Run
 from lite_trgrpo.update import prepare_rows, update
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
+NORM_WINDOW = 20  # steps over which the running variance of the gradient norm is taken
 
 Encoded = list[tuple[Example, Prompt]]
 Metrics = dict[str, Any]
@@ -69,11 +70,16 @@ def train(
     if resume is not None:
         state = checkpoint.load(resume, trainable, optimizer)
         start = state["step"]
+        if start >= options.steps:
+            raise RunError(f"{run.folder} has done {start} steps of {options.steps}; type --steps with a larger number")
         run.cut_back(state["logs"])
     else:
         _evaluate(config, policy, heldout, rewards, run, listener, step=0)
+    norms = [line["grad_norm"] for line in run.metrics()]
     for step in range(start, options.steps):
         metrics, groups = _step(config, policy, optimizer, training, rewards, step)
+        norms.append(metrics["grad_norm"])
+        metrics["grad_norm_variance"] = pvariance(norms[-NORM_WINDOW:])
         run.log_step(metrics, groups)
         listener.step(metrics)
         done = step + 1
@@ -139,11 +145,11 @@ def rollout(
     wanted = config.train.prompts_per_step
     every: list[Group] = []
     taught: list[Group] = []
-    for round in range(1 + config.rollout.top_up_rounds):
-        indices = batch(len(training), wanted, config.train.seed, step, round)[: wanted - len(taught)]
+    for refill in range(1 + config.rollout.top_up_rounds):
+        indices = batch(len(training), wanted, config.train.seed, step, refill)[: wanted - len(taught)]
         chosen = [training[i] for i in indices]
         with _timed(clock, "rollout_s"):
-            completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step, round))
+            completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step, refill))
             groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
         with _timed(clock, "reward_s"):
             groups = score(groups, rewards)
@@ -159,7 +165,7 @@ def has_signal(group: Group) -> bool:
     return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
 
 
-def _sampling(config: Config, step: int, round: int) -> Sampling:
+def _sampling(config: Config, step: int, refill: int) -> Sampling:
     return Sampling(
         members=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -167,7 +173,7 @@ def _sampling(config: Config, step: int, round: int) -> Sampling:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         max_rows=config.rollout.max_rows,
-        key=(config.train.seed, TRAINING, step, round),
+        key=(config.train.seed, TRAINING, step, refill),
     )
 
 
@@ -200,10 +206,11 @@ def _evaluate(
         samples=config.eval.samples, solved_at=config.rewards.solved_at,
     )  # fmt: skip
     line: Metrics = {"step": step, **result}
-    earlier = run.evaluations()
-    if earlier:
-        solved = [[row["solved"] for row in rows] for rows in (earlier[0]["rows"], result["rows"])]
-        line["gain"] = paired_gain(*solved)
+    if earlier := run.evaluations():
+        rows = (earlier[0]["rows"], result["rows"])
+        line["gain"] = paired_gain(*([row["solved"] for row in found] for found in rows))
+        if config.eval.samples > 1:
+            line["gain_k"] = paired_gain(*([row["samples_solved"] > 0 for row in found] for found in rows))
     line["clock"] = {"eval_s": time.perf_counter() - started}
     run.log_eval(line)
     listener.evaluated(line)

@@ -37,7 +37,7 @@ def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = 
     config = options.validate(settings)
     policy = ToyPolicy()
     encoded, _ = trainer.encode(policy, EXAMPLES, 8)
-    run = Run(folder) if resume else Run.create(folder)
+    run = Run(folder) if resume else Run.create(folder, config)
 
     def killer(metrics):
         if metrics["step"] == stop_after:

@@ -1,6 +1,7 @@
 """The Policy on transformers, PEFT and bitsandbytes: Linux, macOS and Windows, with or without a card."""
 
 import logging
+import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.backends.weights import Located, locate
-from lite_trgrpo.errors import ModelError
+from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.logprobs import selected_logprobs
 from lite_trgrpo.options import Model
@@ -117,10 +118,19 @@ def _with_lora(base: Any, options: Model, located: Located) -> Any:
     if options.adapter is not None:
         folder = Path(options.adapter).expanduser()
         if not folder.is_dir():
+            if options.adapter.count("/") != 1 or options.adapter.startswith((".", "runs/")):
+                raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
             folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
-        if not (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is no LoRA adapter: it has no adapter_config.json")
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        except (RuntimeError, ValueError, OSError, TypeError) as error:
+            raise ModelError(
+                f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
+                "names the base it was made for"
+            ) from None
     else:
         every_layer = options.lora_targets == ["all-linear"]
         lora = LoraConfig(
@@ -136,6 +146,9 @@ def _with_lora(base: Any, options: Model, located: Located) -> Any:
     head = model.get_base_model().get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise ModelError("model.lora_targets names the output head, which must stay frozen; take it out of the list")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
+            module.p = 0.0
     for parameter in model.parameters():
         if parameter.requires_grad:  # bf16 master weights would lose updates of 1e-5
             parameter.data = parameter.data.float()
@@ -210,10 +223,14 @@ class TransformersPolicy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: Path) -> None:
+        part = folder.with_name(f".{folder.name}-part")  # the name `adapter` never stands for half of one
+        shutil.rmtree(part, ignore_errors=True)
         # save_embedding_layers=False: otherwise PEFT asks the Hub whether the vocabulary was resized
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            self.model.save_pretrained(part, save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits = self._output(hidden)

