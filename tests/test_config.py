@@ -324,12 +324,22 @@ def test_every_objective_loads_over_every_preset_and_says_what_it_is(name):
         assert config.model == options.load(preset).model
 
 
-def test_an_objective_lies_over_the_preset_and_under_the_file(toml):
-    """dr-grpo aggregates by a constant; the default is the sequence mean."""
+def test_an_objective_lies_over_preset_and_file_and_under_set(toml):
+    """It is a named choice: a run's whole config.toml as the file must not cancel it. dr-grpo aggregates by a constant."""
+    file = toml('[objective]\naggregation = "token"\nweights = "centred"\n')
     found = [options.load("demo", objective="dr-grpo")]
-    found.append(options.load("demo", toml('[objective]\naggregation = "token"\n'), objective="dr-grpo"))
-    assert [config.objective.aggregation for config in found] == ["constant", "token"]
+    found.append(options.load("demo", file, objective="dr-grpo"))
+    found.append(options.load("demo", file, ["objective.aggregation=sequence"], objective="dr-grpo"))
+    assert [config.objective.aggregation for config in found] == ["constant", "constant", "sequence"]
     assert {config.objective.advantage for config in found} == {"dr-grpo"}
+    assert {config.objective.weights for config in found} == {"none"}
+
+
+def test_a_recipes_reward_comes_beside_those_of_the_run(toml):
+    file = toml('[data]\nsource = "x.jsonl"\n[model]\nname = "m"\n')
+    assert options.load(None, file, objective="dapo").rewards.functions == {"exact": 1.0, "overlong": 1.0}
+    own = toml("[rewards]\nfunctions = { math = 2.0 }\n")
+    assert list(options.load("demo", own, objective="dapo").rewards.functions) == ["math", "overlong"]
 
 
 @pytest.mark.parametrize("name", options.objectives())
