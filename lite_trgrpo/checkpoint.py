@@ -66,6 +66,11 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in found if _is_whole(path)), None)
 
 
+def steps_done(path: Path) -> int:
+    """Of a whole checkpoint."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+
+
 def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put adapter and optimizer back as they were; -> the state that was saved, `step` in it."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))

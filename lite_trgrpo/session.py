@@ -30,6 +30,8 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
         found = checkpoint.newest(Run.existing(resume).checkpoints)
         if found is None:
             raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
+        if (done := checkpoint.steps_done(found)) >= config.train.steps:
+            raise RunError(f"{resume} has done {done} steps of {config.train.steps}; type --steps with a larger number")
     scoring = _scoring(config)
     examples, heldout_examples = data.load(config.data, config.eval.rows)
     policy = _policy(config)

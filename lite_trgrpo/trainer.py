@@ -15,7 +15,7 @@ from torch import nn
 
 from lite_trgrpo import checkpoint
 from lite_trgrpo.data import batch
-from lite_trgrpo.errors import DataError, RunError
+from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.options import Config, Train
 from lite_trgrpo.policy import Policy
@@ -70,8 +70,6 @@ def train(
     if resume is not None:
         state = checkpoint.load(resume, trainable, optimizer)
         start = state["step"]
-        if start >= options.steps:
-            raise RunError(f"{run.folder} has done {start} steps of {options.steps}; type --steps with a larger number")
         run.cut_back(state["logs"])
     else:
         _evaluate(config, policy, heldout, rewards, run, listener, step=0)

@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends.weights": ("errors hub", "torch transformers"),
     "backends.transformers": (
         "backends.template backends.weights errors hub logprobs options policy records rollout.engine",
-        "bitsandbytes peft torch transformers",
+        "bitsandbytes peft safetensors torch transformers",
     ),
     "weighting": ("objective options", "torch"),
     "update": ("objective options packing policy records tokenstats weighting", "torch"),
@@ -61,7 +61,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "__init__ backends.transformers checkpoint data diagnose errors evaluate options records rewards run screen "
         "trainer update", ""
     ),
-    "compare": ("checkpoint errors evaluate options run screen session", ""),
+    "compare": ("checkpoint config errors evaluate options run screen session", ""),
     "cli": ("__init__ compare config errors figures run screen session", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
@@ -150,7 +150,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("typer", {"cli"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint"}),
+        ("safetensors", {"checkpoint", "backends.transformers"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.transformers"}),
         ("transformers", {"backends.transformers", "backends.weights"}),

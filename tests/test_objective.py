@@ -8,7 +8,7 @@ import torch
 
 from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss, token_weights
 from lite_trgrpo.options import Objective
-from lite_trgrpo.weighting import weights_of
+from lite_trgrpo.weighting import step_mean, weights_of
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
@@ -31,6 +31,17 @@ def loop_weight(p, reading):
     kappa, centre, mu = 9.0, *{"offset": (0.0, 0.25), "centred": (0.25, 0.0), "reverse": (0.0, 0.25)}[reading]
     p = 1 - p if reading == "reverse" else p
     return min(1.4, max(1.0, 2.0 * (1 / (1 + math.exp(-kappa * (p - centre))) - mu)))
+
+
+def loop_weights(values, mask, reading, normalise):
+    """Of every token; the mean over the step's tokens divides them, or stands for all of them (constant)."""
+    one = "offset" if reading == "constant" else reading
+    weights = [[loop_weight(math.exp(lp), one) for lp in row] for row in values]
+    counted = [w for row, seen in zip(weights, mask.tolist(), strict=True) for w, m in zip(row, seen, strict=True) if m]
+    mean = sum(counted) / len(counted)
+    if reading == "constant":
+        weights = [[mean for _ in row] for row in weights]
+    return [[w / mean if normalise else w for w in row] for row in weights]
 
 
 def loop_loss(new, old, ref, advantages, mask, weights, placement, beta, aggregation, max_new_tokens):
@@ -59,32 +70,60 @@ def loop_loss(new, old, ref, advantages, mask, weights, placement, beta, aggrega
     return total
 
 
+def loop_gradient(new, old, ref, advantages, mask, weights, placement, beta, aggregation, max_new_tokens):
+    """d loss / d log p of each token, derived by hand: d r = r, d x = -x; the clip passes or stops it."""
+    lengths = [int(row.sum()) for row in mask]
+    gradient = [[0.0] * mask.shape[1] for _ in lengths]
+    for i, j in itertools.product(range(len(lengths)), range(mask.shape[1])):
+        if not mask[i, j]:
+            continue
+        lp, a, w = new[i][j], float(advantages[i, 0]), weights[i][j]
+        r, x = math.exp(lp - float(old[i, j])), math.exp(float(ref[i, j]) - lp)
+        s = w * r if placement == "ratio" else r
+        stopped = (a > 0 and s > 1 + CLIP_HIGH) or (a < 0 and s < 1 - CLIP_LOW)
+        gain = 0.0 if stopped else w * r * a  # in both placements: w multiplies r once
+        gain += beta * w * (x - 1) if placement == "surrogate" else beta * (w * x - 1)
+        divisor = {
+            "sequence": len(lengths) * lengths[i],
+            "token": sum(lengths),
+            "constant": len(lengths) * max_new_tokens,
+        }[aggregation]
+        gradient[i][j] = -gain / divisor
+    return gradient
+
+
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("placement", ["surrogate", "ratio"])
-@pytest.mark.parametrize("reading", ["offset", "centred", "reverse", "none"])
-def test_loss_and_gradient_equal_a_double_loop(reading, placement, beta, aggregation):
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("reading", ["offset", "centred", "reverse", "constant", "none"])
+def test_loss_and_gradient_equal_a_double_loop(reading, normalise, placement, beta, aggregation):
     new, old, ref, advantages, mask, lengths = batch()
-    weights = weights_of(new, Objective(weights=reading), 1.0)
+    objective = Objective(weights=reading, normalise_weights=normalise)
+    mean = step_mean([new[i, :n].tolist() for i, n in enumerate(lengths)], objective)
+    weights = weights_of(new, objective, mean)
     loss = policy_loss(
         new, old, advantages, mask, weights=weights, ref_logprobs=ref, clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
         beta=beta, placement=placement, denominator=denominators(lengths, aggregation, 16).double(),
     )  # fmt: skip
     loss.backward()
     values = new.tolist()
-    fixed = [[loop_weight(math.exp(lp), reading) for lp in row] for row in values]  # the weight carries no gradient
+    fixed = loop_weights(values, mask, reading, normalise)  # the weight carries no gradient
     arguments = (old, ref, advantages, mask, fixed, placement, beta, aggregation, 16)
     expected = loop_loss(values, *arguments)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
-    numeric = torch.zeros_like(new)
-    h = 1e-5
-    for i, j in itertools.product(range(new.shape[0]), range(new.shape[1])):
-        shifted = [[lp + h * ((r, c) == (i, j)) for c, lp in enumerate(row)] for r, row in enumerate(values)]
-        lowered = [[lp - h * ((r, c) == (i, j)) for c, lp in enumerate(row)] for r, row in enumerate(values)]
-        numeric[i, j] = (loop_loss(shifted, *arguments) - loop_loss(lowered, *arguments)) / (2 * h)
-    # central differences of float64: error h^2 f''' + 1e-16 / h, about 1e-10
-    torch.testing.assert_close(new.grad, numeric, rtol=1e-7, atol=1e-9)
+    expected_gradient = torch.tensor(loop_gradient(values, *arguments), dtype=torch.float64)
+    assert ((new.grad - expected_gradient).norm() / expected_gradient.norm()).item() < 1e-12
+    # and the derivative worked out by hand is that of the loop: central differences, error h^2 f''' + 1e-16 / h
+    h, (i, j) = 1e-5, (0, 2)
+    shifted, lowered = (
+        loop_loss(
+            [[lp + d * ((r, c) == (i, j)) for c, lp in enumerate(row)] for r, row in enumerate(values)], *arguments
+        )
+        for d in (h, -h)
+    )
+    assert (shifted - lowered) / (2 * h) == pytest.approx(expected_gradient[i, j].item(), rel=1e-6, abs=1e-10)
 
 
 def test_weight_one_is_grpo():

@@ -81,6 +81,21 @@ def test_a_run_goes_on(run, tiny_config, tmp_path):
     assert tomllib.loads((folder / "config.toml").read_text())["train"]["steps"] == 4
 
 
+def test_a_finished_run_says_how_to_go_on(run):
+    folder, _ = run
+    before = (folder / "config.toml").read_text()
+    refused = CliRunner().invoke(app, ["train", "--resume", str(folder), "--steps", "1"])
+    assert refused.exit_code == 1 and "has done 2 steps of 1" in refused.stderr
+    assert (folder / "config.toml").read_text() == before
+
+
+def test_the_gradient_norms_running_variance(run):
+    metrics = lines(run[0] / "metrics.jsonl")
+    norms = [line["grad_norm"] for line in metrics]
+    assert metrics[0]["grad_norm_variance"] == 0
+    assert metrics[1]["grad_norm_variance"] == pytest.approx(((norms[0] - norms[1]) / 2) ** 2)
+
+
 def test_eval_scores_base_and_adapter(run, tiny_config):
     folder, _ = run
     scored = json.loads(call("eval", "--config", tiny_config, "--adapter", folder / "adapter", "--json").stdout)

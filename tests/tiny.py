@@ -75,14 +75,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def tiny_model(kind: str = "qwen2", seed: int = 0) -> PreTrainedModel:
+def tiny_model(kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> PreTrainedModel:
     """A random model of two layers in float32; every width is a multiple of 64, so nf4's blocks fit.
 
     `qwen2` and `gemma3_text` tie their embeddings, `llama` does not; `gemma3_text` has one layer with a sliding
     window of 8 tokens and one that sees everything.
     """
     sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": hidden_size, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
         "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD,
     }  # fmt: skip
@@ -98,9 +98,9 @@ def tiny_model(kind: str = "qwen2", seed: int = 0) -> PreTrainedModel:
     raise ValueError(f"no tiny {kind!r}; there are {', '.join(KINDS)}")
 
 
-def tiny_model_folder(path: Path, kind: str = "qwen2", seed: int = 0) -> Path:
+def tiny_model_folder(path: Path, kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> Path:
     """Model, tokenizer and generation config as an ordinary Hugging Face folder (safetensors) -> its path."""
-    model = tiny_model(kind, seed)
+    model = tiny_model(kind, seed, hidden_size)
     model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=[END, PAD], pad_token_id=PAD)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)

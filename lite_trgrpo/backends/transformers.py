@@ -114,6 +114,7 @@ def keep_gradients_on_cpu(model: nn.Module) -> None:
 
 def _with_lora(base: Any, options: Model, located: Located) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors import SafetensorError
 
     if options.adapter is not None:
         folder = Path(options.adapter).expanduser()
@@ -126,7 +127,7 @@ def _with_lora(base: Any, options: Model, located: Located) -> Any:
                 raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
         try:
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except (RuntimeError, ValueError, OSError, TypeError) as error:
+        except (RuntimeError, ValueError, OSError, TypeError, SafetensorError) as error:
             raise ModelError(
                 f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
                 "names the base it was made for"
