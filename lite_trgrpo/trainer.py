@@ -269,7 +269,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: Train) -> torch.opti
 def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     clock[name] += time.perf_counter() - started
 
@@ -277,6 +277,6 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
 def _memory() -> dict[str, float]:
     """MiB: resident memory of the process now, and the card's peak so far."""
     memory = {"rss_mib": psutil.Process().memory_info().rss / 2**20}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         memory["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return memory
