@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lite_trgrpo import config, data, evaluate, rewards, trainer
+from lite_trgrpo import config, data, evaluate, session, trainer
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.options import Config
 from lite_trgrpo.packing import by_length
@@ -26,7 +26,7 @@ def scored(options: Config, run: Run, quantization: str, answers=None):
     policy = backend.load(model, seed=0)
     _, heldout = data.load(options.data, options.eval.rows)
     encoded, _ = trainer.encode(policy, heldout, options.data.max_prompt_tokens)
-    functions = rewards.load(options.rewards.functions, options.rewards.options)
+    functions = session.scoring_of(options)
     sampling = trainer.eval_sampling(options)
     result = evaluate.evaluate(policy, encoded, functions, sampling, samples=0, solved_at=options.rewards.solved_at)
     if answers is None:

@@ -248,7 +248,6 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
     from datasets import config, load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetBuildError
-    from httpx import HTTPError
 
     revision = data.revision
     if not config.HF_HUB_OFFLINE:
@@ -260,7 +259,7 @@ def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
         # an unknown subset or split (the library lists those there are), or files that it cannot read
         line = first_line(error.__cause__ or error)
         raise DataError(f"data set {source}: {line}. Look at data.source, data.subset and data.split") from None
-    except (OSError, HTTPError) as error:
+    except Exception as error:  # whatever the client's transport raises: it differs between its versions
         hint = (
             "HF_HUB_OFFLINE is set: unset it and run this again, or give data.source a file" if config.HF_HUB_OFFLINE
             else "Check the connection; a gated or private one needs `hf auth login`; one fetched before works with "

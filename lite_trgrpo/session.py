@@ -32,7 +32,7 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
             raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
         if (done := checkpoint.steps_done(found)) >= config.train.steps:
             raise RunError(f"{resume} has done {done} steps of {config.train.steps}; type --steps with a larger number")
-    scoring = _scoring(config)
+    scoring = scoring_of(config)
     examples, heldout_examples = data.load(config.data, config.eval.rows)
     policy = _policy(config)
     training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
@@ -69,7 +69,7 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
-    scoring = _scoring(config)
+    scoring = scoring_of(config)
     heldout = _heldout(config)
     policy = _policy(config)
     encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
@@ -95,7 +95,7 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
     from lite_trgrpo import diagnose as diagnosis
 
-    scoring = _scoring(config)
+    scoring = scoring_of(config)
     examples, _ = data.load(config.data, config.eval.rows)
     policy = _policy(config)
     training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
@@ -138,7 +138,7 @@ def _heldout(config: Config) -> list[Example]:
     return heldout
 
 
-def _scoring(config: Config) -> list[rewards.Reward]:
+def scoring_of(config: Config) -> list[rewards.Reward]:
     """The configured rewards; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
     cap = config.rollout.max_new_tokens
     options = dict(config.rewards.options)

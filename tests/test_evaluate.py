@@ -142,13 +142,13 @@ def test_truncation_and_length_are_those_of_the_greedy_answers():
 
 
 def test_rows_say_what_was_asked_answered_and_solved():
-    common = {"stopped": True, "tokens": 1}
+    common = {"stopped": True, "tokens": 1, "ids": [1]}
     assert scores()["rows"] == [
         common | {"prompt": "q0", "answer": "a", "greedy": "a", "solved": True, "samples_solved": 2},
         common | {"prompt": "q1", "answer": "b", "greedy": "x", "solved": False, "samples_solved": 1},
         common | {"prompt": "q2", "answer": "c", "greedy": "c", "solved": True, "samples_solved": 0},
         {"prompt": "q3", "answer": "d", "greedy": "long...", "solved": False, "samples_solved": 0}
-        | {"stopped": False, "tokens": 7},
+        | {"stopped": False, "tokens": 7, "ids": [1] * 7},
     ]
 
 

@@ -26,8 +26,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "packing": ("", ""),
     "options": ("", "pydantic"),
     "config": ("errors options", "pydantic tomli_w"),
-    "hub": ("errors", "httpx huggingface_hub"),
-    "data": ("config errors hub options records", "datasets httpx pyarrow reasoning_gym"),
+    "hub": ("errors", "huggingface_hub"),
+    "data": ("config errors hub options records", "datasets pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
     "rewards.maths": ("rewards.text", "math_verify"),
     "rewards.puzzles": ("rewards.text", ""),
@@ -67,9 +67,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
-LAZY |= {"huggingface_hub", "httpx", "matplotlib", "unsloth", "trackio"}
+LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio"}
 # libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
-COMES_WITH = {"httpx": "huggingface_hub", "pyarrow": "datasets"}
+COMES_WITH = {"pyarrow": "datasets"}
 
 
 def name_of(path: Path) -> str:

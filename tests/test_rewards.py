@@ -485,7 +485,7 @@ def test_a_function_cannot_change_what_the_next_one_sees() -> None:
 
     batch = [group(["a"], prompt=[{"role": "user", "content": "Hi"}], answer="42")]
     score(batch, [reward(vandal, name="vandal"), reward(witness, name="witness")])
-    assert batch[0].example.text == "user: Hi"
+    assert batch[0].example.text == "Hi"
 
 
 def test_built_ins_read_chat_completions_and_the_prefix() -> None:
