@@ -157,7 +157,7 @@ def diagnose(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     set_: SetOption = [],  # noqa: B006
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to sample groups for")] = 16,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to sample groups for")] = 8,
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw it into this .svg or .png file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
 ) -> None:

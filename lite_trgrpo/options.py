@@ -97,6 +97,7 @@ class Rewards(Section):
         description="Weight by name of a built-in or file.py:function; the reward is the weighted sum",
     )
     options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments by function name")
+    must_stop: bool = Field(False, description="An answer that the token cap cut off gets at most 0 from each function")
     solved_at: float = Field(1.0, description="An answer is solved when the first function gives at least this")
 
     @field_validator("functions")

@@ -144,7 +144,7 @@ def scoring_of(config: Config) -> list[rewards.Reward]:
     options = dict(config.rewards.options)
     if "overlong" in config.rewards.functions:
         options["overlong"] = {"max_tokens": cap, "buffer": max(1, cap // 5)} | options.get("overlong", {})
-    return rewards.load(config.rewards.functions, options)
+    return rewards.load(config.rewards.functions, options, config.rewards.must_stop)
 
 
 def _policy(config: Config) -> "TransformersPolicy":

@@ -122,6 +122,25 @@ def test_a_filtered_sampler_is_warned_of_with_its_gap(tiny_config, tmp_path):
     assert f"differ by {gap:.3f} on" in " ".join(result.stderr.split())
 
 
+def test_a_cut_off_answer_earns_nothing_where_it_must_stop(tiny_config, tmp_path):
+    call(
+        "train",
+        "-c",
+        tiny_config,
+        "-o",
+        tmp_path / "r",
+        "-s",
+        "rewards.must_stop=true",
+        "-s",
+        "eval.rows=0",
+        "--steps",
+        1,
+    )
+    answers = [a for group in lines(tmp_path / "r" / "rollouts.jsonl") for a in group["completions"]]
+    assert any(sum(a["ids"]) % 3 for a in answers if not a["stopped"]), "the reward of some would not be 0"
+    assert all(a["reward"] == (sum(a["ids"]) % 3 if a["stopped"] else 0) for a in answers)
+
+
 def test_nf4_run_repeats_and_reloads_equal(tiny_config, tmp_path):
     settings = ["--config", tiny_config, "--set", "model.quantization=nf4"]
     call("train", *settings, "--output", tmp_path / "r")

@@ -5,7 +5,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,10 +38,14 @@ class Reward:
     weight: float
     options: Mapping[str, Any]
     """Keyword arguments of every call; an option wins over a column of the same name."""
+    must_stop: bool = False
+    """An answer that the token cap cut off gets at most 0."""
 
 
-def load(functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
-    """Weights by name, options by name -> rewards in the same order.
+def load(
+    functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]], must_stop: bool = False
+) -> list[Reward]:
+    """Weights by name, options by name -> rewards in the same order, all with the same `must_stop`.
 
     A file named twice is run once. Raises RewardError for an unknown name, a file that cannot be imported, an
     option the function does not have or refuses, or a weight that is no finite number.
@@ -58,7 +62,7 @@ def load(functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]
             rewards.append(_builtin(name, weight, given))
         else:
             rewards.append(_from_file(name, weight, given, modules))
-    return rewards
+    return [replace(reward, must_stop=must_stop) for reward in rewards]
 
 
 def _builtin(name: str, weight: float, given: dict[str, Any]) -> Reward:

@@ -55,11 +55,17 @@ def _values(reward: Reward, groups: Sequence[Group]) -> list[float]:
             f"(first row of the batch: {groups[0].example.origin}). Mend the function, or return None for an "
             "answer that cannot be graded"
         ) from error
-    samples = [(group, completion.text) for group in groups for completion in group.completions]
+    samples = [(group, completion) for group in groups for completion in group.completions]
     _check_shape(reward, returned, len(samples), groups[0].example.origin)
+    values = [
+        math.nan if value is None else _number(reward, value, group.example.origin, completion.text)
+        for value, (group, completion) in zip(returned, samples, strict=True)
+    ]
+    if not reward.must_stop:
+        return values
     return [
-        math.nan if value is None else _number(reward, value, group.example.origin, text)
-        for value, (group, text) in zip(returned, samples, strict=True)
+        value if completion.stopped or math.isnan(value) else min(value, 0.0)
+        for value, (_, completion) in zip(values, samples, strict=True)
     ]
 
 
