@@ -18,11 +18,11 @@ def main(folder: str, picture: str) -> None:
     evaluations, metrics = run.evaluations(), run.metrics()
     console = Console(record=True, width=118, highlight=False, file=io.StringIO())
     console.print("$ lite-trgrpo train --preset demo", style="bold")
-    console.print(screen.eval_line(evaluations[0]), soft_wrap=True)
+    console.print(screen.eval_line(evaluations[0]))
     shown = [0, 1, *range(4, len(metrics), 5)]
     for i in shown:
         console.print(f"step {metrics[i]['step']:>2}/{len(metrics)}  {screen.step_line(metrics[i])}")
-    console.print(screen.eval_line(evaluations[-1]), soft_wrap=True)
+    console.print(screen.eval_line(evaluations[-1]))
     for table in screen.comparison(evaluations[0], evaluations[-1], samples=5):
         console.print(table)
     console.save_svg(picture, title="lite-trgrpo")
