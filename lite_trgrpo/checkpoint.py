@@ -84,7 +84,7 @@ def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.opt
     if state["optimizer"]["kind"] != kind:
         raise RunError(
             f"{path} holds the state of the optimizer {state['optimizer']['kind']}, this run uses {kind}. Set "
-            "train.optimizer (auto differs between CPU and card) as it was"
+            "train.optimizer as it was"
         )
     with torch.no_grad():
         for name, parameter in trainable.items():
@@ -95,18 +95,30 @@ def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.opt
     return state
 
 
-def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state -> tensors and plain values, both keyed `PARAMETER/NAME`."""
-    items = {f"{index}/{name}": value for index, values in state.items() for name, value in values.items()}
-    tensors = {key: value.detach().contiguous().cpu() for key, value in items.items() if torch.is_tensor(value)}
-    return tensors, {key: value for key, value in items.items() if not torch.is_tensor(value)}
+def _flatten(state: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer state -> tensors and plain values, keyed `PARAMETER/NAME` (8-bit optimizers nest one level deeper)."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            below, plain = _flatten(value)
+            tensors |= {f"{key}/{name}": tensor for name, tensor in below.items()}
+            scalars |= {f"{key}/{name}": item for name, item in plain.items()}
+        elif torch.is_tensor(value):
+            tensors[str(key)] = value.detach().contiguous().cpu().clone()  # safetensors refuses shared memory
+        else:
+            scalars[str(key)] = value
+    return tensors, scalars
 
 
 def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *scalars.items()]:
-        index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
+        index, *path, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for step in path:
+            place = place.setdefault(step, {})
+        place[name] = value
     return state
 
 

@@ -203,8 +203,8 @@ class Train(Section):
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
-    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
-        "auto", description="auto: paged-adamw-8bit on a card, adamw on CPU"
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw", description="AdamW with its state in fp32, or in 8 bits (bitsandbytes), or paged to host memory too"
     )
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")

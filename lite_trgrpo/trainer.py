@@ -251,18 +251,14 @@ def learning_rate_at(step: int, options: Train) -> float:
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Train) -> torch.optim.Optimizer:
-    """AdamW over the adapter; 8-bit and paged on a card, where they save memory and cannot stall on pages."""
-    kind = options.optimizer
-    if kind == "auto":
-        kind = "paged-adamw-8bit" if parameters[0].is_cuda else "adamw"
+    """AdamW over the adapter. LoRA's Adam state is small, so fp32 is the default; 8 bits are an option."""
     settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if kind == "adamw":
+    if options.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes.optim
+    import bitsandbytes.optim as bnb
 
-    return {"adamw-8bit": bitsandbytes.optim.AdamW8bit, "paged-adamw-8bit": bitsandbytes.optim.PagedAdamW8bit}[kind](
-        parameters, **settings
-    )
+    kind = {"adamw-8bit": bnb.AdamW8bit, "paged-adamw-8bit": bnb.PagedAdamW8bit}[options.optimizer]
+    return kind(parameters, **settings)
 
 
 @contextmanager

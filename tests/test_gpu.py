@@ -31,7 +31,8 @@ def test_card_and_cpu_agree(tmp_path, kind, quantization):
 
 def test_a_run_on_the_card(tiny_config, tmp_path):
     """bf16 or fp16, nf4, gradient checkpointing, paged 8-bit AdamW: what the larger presets use."""
-    settings = ["model.quantization=nf4", "train.gradient_checkpointing=true", "model.device=cuda"]
+    settings = ["model.quantization=nf4", "train.gradient_checkpointing=true", "model.device=cuda",
+                "train.optimizer=paged-adamw-8bit"]  # fmt: skip
     flags = [word for setting in settings for word in ("--set", setting)]
     arguments = ["train", "--config", str(tiny_config), "--output", str(tmp_path / "run"), *flags]
     result = CliRunner().invoke(app, arguments)

@@ -96,6 +96,15 @@ def test_the_gradient_norms_running_variance(run):
     assert metrics[1]["grad_norm_variance"] == pytest.approx(((norms[0] - norms[1]) / 2) ** 2)
 
 
+def test_8_bit_adamw_trains_and_goes_on(tiny_config, tmp_path):
+    eight = ["--config", tiny_config, "--set", "train.optimizer=adamw-8bit", "--set", "eval.rows=0"]
+    call("train", *eight, "--output", tmp_path / "a")
+    call("train", "--resume", tmp_path / "a", "--steps", 3)
+    call("train", *eight, "--output", tmp_path / "b", "--steps", 3)
+    adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in "ab"]
+    assert adapters[0] == adapters[1]
+
+
 def test_eval_scores_base_and_adapter(run, tiny_config):
     folder, _ = run
     scored = json.loads(call("eval", "--config", tiny_config, "--adapter", folder / "adapter", "--json").stdout)
