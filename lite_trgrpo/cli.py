@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -259,6 +258,4 @@ def presets_show(name: Annotated[str, typer.Argument(help="A preset's or objecti
 
 
 def main() -> None:
-    # Torch's threads otherwise spin while they wait: with anything else running, a CPU run is several times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
