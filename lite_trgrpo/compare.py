@@ -9,7 +9,7 @@ from typing import Any
 
 from lite_trgrpo import session
 from lite_trgrpo.checkpoint import newest
-from lite_trgrpo.config import to_toml
+from lite_trgrpo.config import load
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import paired_gain
 from lite_trgrpo.options import Config
@@ -61,8 +61,13 @@ def _check(arms: Arms, folder: Path) -> None:
                 )
     for (name, seed), config in arms.items():
         path = folder / f"{name}-s{seed}" / "config.toml"
-        if path.exists() and path.read_text(encoding="utf-8") not in ("", to_toml(config)):
+        if path.exists() and _unpinned(load(file=path)) != _unpinned(config):
             raise RunError(f"{path.parent} was trained with other options; give --output another folder")
+
+
+def _unpinned(config: Config) -> Config:
+    """Without the model's revision: a run writes down the commit that its branch resolved to."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": None})})
 
 
 def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:

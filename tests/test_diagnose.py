@@ -129,5 +129,7 @@ def test_compare_is_fair_and_goes_on(tiny_config, tmp_path):
     assert first_groups("grpo-s0") == first_groups("tr-grpo-s0") != first_groups("grpo-s1")
     before = (tmp_path / "c" / "grpo-s1" / "metrics.jsonl").stat().st_mtime_ns
     (tmp_path / "c" / "tr-grpo-s1" / "kl.json").unlink()
+    config = tmp_path / "c" / "grpo-s0" / "config.toml"  # a base from the Hub is pinned there to its commit
+    config.write_text(config.read_text().replace("[model]\n", '[model]\nrevision = "0123abc"\n', 1))
     assert run(*arguments) == table
     assert (tmp_path / "c" / "grpo-s1" / "metrics.jsonl").stat().st_mtime_ns == before
