@@ -16,7 +16,7 @@ import torch
 from lite_trgrpo import config, data, evaluate, session, trainer
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.options import Config
-from lite_trgrpo.packing import by_length
+from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.run import Run
 
 
@@ -33,7 +33,7 @@ def scored(options: Config, run: Run, quantization: str, answers=None):
         answers = [(prompt.ids, tuple(row["ids"])) for (_, prompt), row in zip(encoded, result["rows"], strict=True)]
     logprobs = []
     with torch.no_grad():
-        for batch in by_length(answers, lambda row: len(row[0]) + len(row[1]), 2048):
+        for batch in by_prompt(answers, lambda row: row, 2048):
             found, _ = policy.logprobs(batch, options.rollout.temperature)
             logprobs += [found[i, : len(ids)] for i, (_, ids) in enumerate(batch)]
     return result, answers, torch.cat(logprobs)

@@ -46,6 +46,7 @@ from lite_trgrpo import config
 from lite_trgrpo.backends.transformers import TransformersPolicy, load
 from lite_trgrpo.objective import group_advantages
 from lite_trgrpo.options import Model, Objective
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Group, Sampling
 from lite_trgrpo.update import prepare_rows, update
 
@@ -111,7 +112,7 @@ def make_groups(policy: TransformersPolicy) -> list[Group]:
     """Sampled answers, cut to LENGTHS; every other one ends with the end token."""
     prompts = [policy.encode(text) for text in PROMPTS]
     groups = []
-    sampled = policy.sample(prompts, Sampling(len(LENGTHS[0]), MAX_NEW_TOKENS))
+    sampled = sample_all(policy, prompts, Sampling(len(LENGTHS[0]), MAX_NEW_TOKENS))
     for prompt, answers, lengths, rewards in zip(prompts, sampled, LENGTHS, REWARDS, strict=True):
         cut = [answer.ids[:length] for answer, length in zip(answers, lengths, strict=True)]
         cut[1::2] = [(*ids[:-1], min(policy.end_ids)) for ids in cut[1::2]]

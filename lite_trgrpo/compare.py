@@ -66,8 +66,10 @@ def _check(arms: Arms, folder: Path) -> None:
 
 
 def _unpinned(config: Config) -> Config:
-    """Without the model's revision: a run writes down the commit that its branch resolved to."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": None})})
+    """Without what a run resolves at its start: the commit of the model's branch, the memory of the cache."""
+    model = config.model.model_copy(update={"revision": None})
+    rollout = config.rollout.model_copy(update={"cache_mib": None})
+    return config.model_copy(update={"model": model, "rollout": rollout})
 
 
 def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:

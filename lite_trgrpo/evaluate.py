@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lite_trgrpo.packing import by_length
-from lite_trgrpo.policy import Policy
+from lite_trgrpo.packing import by_prompt
+from lite_trgrpo.policy import Policy, sample_all
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Reward, score
 
@@ -84,7 +84,7 @@ def _answers(
     rewards: Sequence[Reward],
     sampling: Sampling,
 ) -> list[Group]:
-    completions = policy.sample(prompts, sampling)
+    completions = sample_all(policy, prompts, sampling)
     groups = [Group(e, p, c) for (e, p), c in zip(heldout, completions, strict=True)]
     return score(groups, rewards)
 
@@ -96,10 +96,10 @@ def _solved(group: Group, rewards: Sequence[Reward], solved_at: float) -> list[b
 @torch.no_grad()
 def kl_to_base(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, token_budget: int) -> float:
     """KL(pi_theta || pi_base) per token (nats): mean log-ratio over one answer a prompt, sampled from pi_theta."""
-    groups = policy.sample(prompts, replace(sampling, members=1, greedy=False))
+    groups = sample_all(policy, prompts, replace(sampling, members=1, greedy=False))
     rows = [(prompt.ids, group[0]) for prompt, group in zip(prompts, groups, strict=True)]
     difference, tokens = 0.0, 0
-    for batch in by_length(rows, lambda row: len(row[0]) + len(row[1].ids), token_budget):
+    for batch in by_prompt(rows, lambda row: (row[0], row[1].ids), token_budget):
         with policy.reference():
             base, _ = policy.logprobs([(ids, completion.ids) for ids, completion in batch], sampling.temperature)
         for i, (_, completion) in enumerate(batch):

@@ -130,8 +130,15 @@ class Rollout(Section):
         ge=0,
         description="Rounds in which groups without signal are replaced by fresh prompts (DAPO's dynamic sampling)",
     )
-    max_rows: int = Field(
-        64, ge=1, description="Answers decoded side by side; lower it when sampling runs out of memory"
+    max_rows: int = Field(128, ge=1, description="At most this many answers are decoded side by side")
+    cache_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Memory for keys and values while sampling (MiB): as many of max_rows as fit. Unset: 2048 on CPU, "
+        "a third of what is free on the card; a run keeps what was resolved at its start",
+    )
+    engine: Literal["groups", "generate"] = Field(
+        "groups", description="groups: ours; generate: transformers' own, slow, as a reference"
     )
 
     @field_validator("group_size")
@@ -209,7 +216,9 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")
     micro_batch_tokens: int = Field(
-        4096, ge=1, description="Tokens (padding counted) of one forward and backward; never changes the result"
+        4096,
+        ge=1,
+        description="Tokens of one forward and backward, a shared prompt counted once; never changes the result",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
@@ -225,6 +234,9 @@ class Eval(Section):
     )
     samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
+    stop_loops: bool = Field(
+        False, description="Cut off answers that repeat themselves; they count as cut off by the cap"
+    )
 
 
 class Config(Section):

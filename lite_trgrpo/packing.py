@@ -1,18 +1,38 @@
-"""Micro-batches: rows of like length together, under a budget of tokens. They never change a result."""
+"""Micro-batches: answers to the same prompt together, under a budget of tokens. They never change a result."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Row = TypeVar("Row")
+Ids = tuple[int, ...]
 
 
-def by_length(rows: Sequence[Row], tokens: Callable[[Row], int], budget: int) -> Iterator[list[Row]]:
-    """As many rows as fit `budget` tokens, padding counted; a row longer than the budget stands alone."""
+def by_prompt(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget: int) -> Iterator[list[Row]]:
+    """As many rows as fit `budget` tokens, where a prompt counts once; a row longer than the budget stands alone.
+
+    `ids`: the prompt and the completion of a row. A group that fits is never divided; one that does not is, and its
+    prompt counts (and is read) in each part. Longest first: what does not fit in memory shows at once.
+    """
+    groups: dict[Ids, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(ids(row)[0], []).append(row)
+
+    def tokens(prompt: Ids) -> int:
+        return len(prompt) + sum(len(ids(row)[1]) for row in groups[prompt])
+
     batch: list[Row] = []
-    for row in sorted(rows, key=tokens, reverse=True):  # longest first: what does not fit shows at once
-        if batch and (len(batch) + 1) * tokens(batch[0]) > budget:
+    used = 0
+    for prompt in sorted(groups, key=tokens, reverse=True):
+        if batch and used + tokens(prompt) > budget:
             yield batch
-            batch = []
-        batch.append(row)
+            batch, used = [], 0
+        read = False  # whether this batch holds the prompt
+        for row in groups[prompt]:
+            cost = len(ids(row)[1]) + (0 if read else len(prompt))
+            if batch and used + cost > budget:
+                yield batch
+                batch, used, cost = [], 0, len(ids(row)[1]) + len(prompt)
+            batch.append(row)
+            used, read = used + cost, True
     if batch:
         yield batch

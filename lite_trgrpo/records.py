@@ -8,7 +8,7 @@ T completion tokens (padded to the longest), V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Message = dict[str, str]
 
@@ -87,7 +87,13 @@ class Sampling:
     """0: no limit."""
     greedy: bool = False
     """Take the most likely token; temperature still decides the log-probabilities that are returned."""
-    max_rows: int = 64
-    """Completions decoded side by side."""
+    max_rows: int = 128
+    """At most this many completions are decoded side by side."""
+    cache_bytes: int = 2**31
+    """Memory for keys and values; decides how many of `max_rows` fit."""
+    engine: Literal["groups", "generate"] = "groups"
+    """Ours, or transformers' own as a reference."""
+    stop_loops: bool = False
+    """Cut an answer off that repeats itself: see `rollout.engine.looping`."""
     key: tuple[int, ...] = (0,)
     """Counters such as (seed, stream, step) from which every uniform number is computed."""

@@ -12,6 +12,7 @@ from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Config
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
@@ -40,6 +41,7 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
     if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
         pinned = config.model.model_copy(update={"revision": policy.located.revision})
         config = config.model_copy(update={"model": pinned})
+    config = _with_cache(config, policy)
     run = Run.create(output, config) if resume is None else Run(resume)
     run.describe(config, _facts(policy, len(training), len(heldout), too_long + heldout_too_long))
     if policy.device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
@@ -72,6 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     scoring = scoring_of(config)
     heldout = _heldout(config)
     policy = _policy(config)
+    config = _with_cache(config, policy)
     encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
     if too_long:
         talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
@@ -85,6 +88,7 @@ def kl_to_base(config: Config, prompts: int = 64) -> float:
     """KL of the configured adapter to its base, per token (nats), on answers to held-out prompts."""
     heldout = _heldout(config)
     policy = _policy(config)
+    config = _with_cache(config, policy)
     encoded, _ = trainer.encode(policy, heldout[:prompts], config.data.max_prompt_tokens)
     return evaluation.kl_to_base(
         policy, [prompt for _, prompt in encoded], trainer.eval_sampling(config), config.train.micro_batch_tokens
@@ -98,6 +102,7 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     scoring = scoring_of(config)
     examples, _ = data.load(config.data, config.eval.rows)
     policy = _policy(config)
+    config = _with_cache(config, policy)
     training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
     sampled = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
     groups, _ = trainer.rollout(sampled, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0})
@@ -118,7 +123,7 @@ def chat(config: Config) -> None:
     for turn, line in enumerate(iter(_ask, "")):
         messages.append({"role": "user", "content": line})
         keyed = replace(sampling, key=(config.train.seed, CHATTING, turn))
-        [[answer]] = policy.sample([policy.encode(messages)], keyed)
+        [[answer]] = sample_all(policy, [policy.encode(messages)], keyed)
         messages.append({"role": "assistant", "content": answer.text})
         print(screen.plain(answer.text))
 
@@ -153,6 +158,14 @@ def _policy(config: Config) -> "TransformersPolicy":
     return transformers.load(
         config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
     )
+
+
+def _with_cache(config: Config, policy: "TransformersPolicy") -> Config:
+    """`rollout.cache_mib` resolved: a run keeps it, so that a resumed one decodes in the same batches."""
+    if config.rollout.cache_mib is not None:
+        return config
+    rollout = config.rollout.model_copy(update={"cache_mib": policy.cache_mib()})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _facts(policy: "TransformersPolicy", training: int, heldout: int, too_long: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.options import Config, Train
-from lite_trgrpo.policy import Policy
+from lite_trgrpo.policy import Policy, sample_all
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Reward, score
 from lite_trgrpo.run import Run
@@ -147,7 +147,7 @@ def rollout(
         indices = batch(len(training), wanted, config.train.seed, step, refill)[: wanted - len(taught)]
         chosen = [training[i] for i in indices]
         with _timed(clock, "rollout_s"):
-            completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step, refill))
+            completions = sample_all(policy, [prompt for _, prompt in chosen], _sampling(config, step, refill))
             groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
         with _timed(clock, "reward_s"):
             groups = score(groups, rewards)
@@ -170,8 +170,8 @@ def _sampling(config: Config, step: int, refill: int) -> Sampling:
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
-        max_rows=config.rollout.max_rows,
         key=(config.train.seed, TRAINING, step, refill),
+        **_engine(config),
     )
 
 
@@ -181,9 +181,16 @@ def eval_sampling(config: Config) -> Sampling:
         members=1,
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        max_rows=config.rollout.max_rows,
+        stop_loops=config.eval.stop_loops,
         key=(config.data.seed, EVALUATION),
+        **_engine(config),
     )
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """How completions are decoded; none of it changes which (but for rounding)."""
+    found = {"max_rows": config.rollout.max_rows, "engine": config.rollout.engine}
+    return found if config.rollout.cache_mib is None else found | {"cache_bytes": config.rollout.cache_mib * 2**20}
 
 
 def _evaluate(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.options import Objective
-from lite_trgrpo.packing import by_length
+from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.tokenstats import TokenStatistics
@@ -31,10 +31,6 @@ class Row:
         """Of the tokens that are in the loss."""
         pairs = zip(self.completion.logprobs, self.completion.sampled, strict=True)
         return [logprob for logprob, sampled in pairs if sampled]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion.ids)
 
 
 def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: int) -> list[Row]:
@@ -64,8 +60,8 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]:
-    """Rows of like length together, as many as fit `token_budget` padded tokens (at least one)."""
-    return by_length(rows, lambda row: row.tokens, token_budget)
+    """As many rows as fit `token_budget` tokens (at least one), a shared prompt counted once."""
+    return by_prompt(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget)
 
 
 def update(

@@ -13,6 +13,7 @@ from lite_trgrpo.backends import weights
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.errors import ModelError
 from lite_trgrpo.options import Model
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Sampling
 from tests.tiny import END, KINDS, PAD, tiny_model, tiny_model_folder, tiny_tokenizer
 
@@ -42,7 +43,7 @@ def policy_of(folder, *, random_adapter=True, gradient_checkpointing=False, **op
 def sampled(policy, prompts=PROMPTS, **options):
     encoded = [policy.encode(prompt) for prompt in prompts]
     settings = {"members": 3, "max_new_tokens": 12, "key": (5,), **options}
-    return encoded, policy.sample(encoded, Sampling(**settings))
+    return encoded, sample_all(policy, encoded, Sampling(**settings))
 
 
 def plain_logprobs(policy, prompt_ids, ids, temperature):

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 from lite_trgrpo.evaluate import Z, evaluate, paired_gain, wilson
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Prompt, Sampling
 from lite_trgrpo.rewards import load as load_rewards
 from tests.toy import ToyPolicy
@@ -102,7 +103,7 @@ class Scripted:
 
     def sample(self, prompts, sampling):
         self.asked.append(sampling)
-        return [[self._completion(text) for text in texts] for texts in self.script[sampling.greedy]]
+        return enumerate([self._completion(text) for text in texts] for texts in self.script[sampling.greedy])
 
     @staticmethod
     def _completion(text):
@@ -203,6 +204,6 @@ def test_the_toy_is_scored_by_its_own_answers_alike_every_time():
     for row, early in zip(many["rows"], few["rows"], strict=True):
         assert row["samples_solved"] >= early["samples_solved"]
     for row, (example, prompt) in zip(many["rows"], heldout, strict=True):
-        [[answer]] = policy.sample([prompt], Sampling(1, 8, greedy=True))
+        [[answer]] = sample_all(policy, [prompt], Sampling(1, 8, greedy=True))
         assert row["greedy"] == answer.text
         assert row["solved"] == (answer.text == example.columns["answer"])

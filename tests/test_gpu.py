@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.cli import app
 from lite_trgrpo.options import Model
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Sampling
 from tests.tiny import KINDS, tiny_model_folder
 
@@ -23,7 +24,7 @@ def test_card_and_cpu_agree(tmp_path, kind, quantization):
     options = {"name": str(folder), "dtype": "float32", "quantization": quantization}
     card, cpu = (backend.load(Model(**options, device=device), seed=0) for device in ("cuda", "cpu"))
     prompt = card.encode("2 + 2")
-    [[completion]] = card.sample([prompt], Sampling(1, 16, key=(3,)))
+    [[completion]] = sample_all(card, [prompt], Sampling(1, 16, key=(3,)))
     found = [policy.logprobs([(prompt.ids, completion.ids)], 1.0)[0].detach().cpu() for policy in (card, cpu)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3 if quantization == "none" else 2e-2)
     torch.testing.assert_close(torch.tensor([completion.logprobs]), found[0], rtol=0, atol=1e-3)

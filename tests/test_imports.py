@@ -35,16 +35,24 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rewards.loading": ("config errors rewards.gym rewards.maths rewards.puzzles rewards.text", ""),
     "rewards.scoring": ("errors records rewards.loading", ""),
     "rewards": ("rewards.loading rewards.scoring", ""),
+    "attention": ("", "torch"),
     "rollout": ("", ""),
     "rollout.sampling": ("", "numpy torch"),
-    "rollout.engine": ("records rollout.sampling", "numpy torch"),
+    "rollout.cache": ("", "torch"),
+    "rollout.engine": ("attention records rollout.cache rollout.sampling", "numpy torch"),
     "policy": ("records", "torch"),
     "backends": ("", ""),
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
+    "backends.loading": (
+        "backends.weights errors hub options", "bitsandbytes peft safetensors torch transformers"
+    ),
+    "backends.groups": ("attention", "torch transformers"),
+    "backends.reference": ("policy records rollout.engine", "torch transformers"),
     "backends.transformers": (
-        "backends.template backends.weights errors hub logprobs options policy records rollout.engine",
-        "bitsandbytes peft safetensors torch transformers",
+        "attention backends.groups backends.loading backends.reference backends.template backends.weights errors "
+        "logprobs options policy records rollout.engine",
+        "torch transformers",
     ),
     "weighting": ("objective options", "torch"),
     "update": ("objective options packing policy records tokenstats weighting", "torch"),
@@ -58,8 +66,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.transformers checkpoint data diagnose errors evaluate options records rewards run screen "
-        "trainer update", ""
+        "__init__ backends.transformers checkpoint data diagnose errors evaluate options policy records rewards run "
+        "screen trainer update", ""
     ),
     "compare": ("checkpoint config errors evaluate options run screen session", ""),
     "cli": ("__init__ compare config errors figures run screen session", "typer"),
@@ -150,11 +158,14 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("typer", {"cli"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint", "backends.transformers"}),
+        ("safetensors", {"checkpoint", "backends.loading"}),
         ("pydantic", {"config", "options"}),
-        ("peft", {"backends.transformers"}),
-        ("transformers", {"backends.transformers", "backends.weights"}),
-        ("bitsandbytes", {"backends.transformers", "trainer"}),
+        ("peft", {"backends.loading"}),
+        (
+            "transformers",
+            {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights")},
+        ),
+        ("bitsandbytes", {"backends.loading", "trainer"}),
     ],
 )
 def test_a_library_has_its_place(library, modules):

@@ -8,6 +8,7 @@ import torch
 
 from lite_trgrpo import update as module
 from lite_trgrpo.options import Objective
+from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.tokenstats import BINS, TokenStatistics, histogram
 from lite_trgrpo.update import prepare_rows, update
@@ -77,7 +78,7 @@ def step_of(objective, *, updates=2, token_budget=7, learning_rate=2.0):
     """One step of the toy. -> every update's weights, log p as sampled, statistics."""
     policy = ToyPolicy()
     prompts = [policy.encode(text) for text in "013"]
-    answers = policy.sample(prompts, Sampling(members=4, max_new_tokens=4))
+    answers = sample_all(policy, prompts, Sampling(members=4, max_new_tokens=4))
     rewards = [(1.0, 0.0, -0.5, 0.25), (0.0, 1.0, 1.0, 0.0), (2.0, 0.0, 0.0, 0.0)]
     groups = [Group(Example(p.text, {}, "here"), p, a, r) for p, a, r in zip(prompts, answers, rewards, strict=True)]
     rows = prepare_rows(groups, objective, 4)

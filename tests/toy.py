@@ -37,9 +37,8 @@ class ToyPolicy:
 
     @torch.no_grad()
     def sample(self, prompts, sampling):
-        return [
-            [self._answer(p, prompt, m, sampling) for m in range(sampling.members)] for p, prompt in enumerate(prompts)
-        ]
+        for p, prompt in enumerate(prompts):
+            yield p, [self._answer(p, prompt, m, sampling) for m in range(sampling.members)]
 
     def _answer(self, number, prompt, member, sampling):
         key = row_keys(sampling.key, np.array([number], dtype=np.uint64), np.array([member], dtype=np.uint64))

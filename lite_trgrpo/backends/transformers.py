@@ -2,8 +2,9 @@
 
 import logging
 import shutil
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite_trgrpo.attention import Attend, Packed
+from lite_trgrpo.backends import reference
+from lite_trgrpo.backends.groups import NO_MASK, attend_by_groups
+from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtype, with_lora
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.backends.weights import Located, locate
 from lite_trgrpo.errors import ModelError, first_line
-from lite_trgrpo.hub import fetch
-from lite_trgrpo.logprobs import selected_logprobs
+from lite_trgrpo.logprobs import Head, selected_logprobs
 from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences
 from lite_trgrpo.records import Completion, Message, Prompt, Sampling
-from lite_trgrpo.rollout.engine import sample_groups
+from lite_trgrpo.rollout.engine import Answer, Engine, slot_count
 
 
 def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
-    """Load the base (quantised where asked), put a LoRA adapter on it, and check that its head can be chunked."""
+    """Load the base (quantised where asked), put a LoRA adapter on it, and check what we assume about the model."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -42,118 +46,13 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
         clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
     )
     template = Template(tokenizer, options.prompt_format, options.template_options)
-    base = _load_base(located, options, device, dtype)
+    base = load_base(located, options, device, dtype)
     torch.manual_seed(seed)
-    model = _with_lora(base, options, located)
+    model = with_lora(base, options, located)
     model.eval()
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return TransformersPolicy(model, template, located, gradient_checkpointing)
-
-
-def resolve_device(wanted: str) -> torch.device:
-    """`auto` takes the card if torch can use one. A card asked for and not usable is an error."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            f"model.device = cuda, but torch {torch.__version__} sees no usable card. Install a CUDA build of torch "
-            "(pytorch.org/get-started), or type --set model.device=cpu"
-        )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the card has it, else float16 (Turing); float32 on CPU."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-    try:
-        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{located.folder} is no model that transformers knows: {error}") from None
-    for name in vars(config):  # any dropout would make the ratio differ from 1 before the first update
-        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
-    quantization = None
-    if options.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )  # fmt: skip
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            located.folder, config=config, dtype=dtype, device_map={"": device},
-            quantization_config=quantization, use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{options.name} could not be loaded: {str(error).splitlines()[0]}") from None
-    if quantization is not None:
-        keep_gradients_on_cpu(model)
-    return model
-
-
-def keep_gradients_on_cpu(model: nn.Module) -> None:
-    """Clear the flag under which bitsandbytes loses gradients on CPU.
-
-    On processors with avx512_bf16, bitsandbytes 0.50 repacks every 4-bit layer at its first forward in eval mode;
-    from then on no gradient passes through the base weights, silently: sample, then train, is exactly that order.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _with_lora(base: Any, options: Model, located: Located) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from safetensors import SafetensorError
-
-    if options.adapter is not None:
-        folder = Path(options.adapter).expanduser()
-        if not folder.is_dir():
-            if options.adapter.count("/") != 1 or options.adapter.startswith((".", "runs/")):
-                raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
-            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / file).is_file():
-                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except (RuntimeError, ValueError, OSError, TypeError, SafetensorError) as error:
-            raise ModelError(
-                f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
-                "names the base it was made for"
-            ) from None
-    else:
-        every_layer = options.lora_targets == ["all-linear"]
-        lora = LoraConfig(
-            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-            target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
-        )  # fmt: skip
-        try:
-            model = get_peft_model(base, lora)
-        except ValueError as error:
-            raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
-    adapter = model.peft_config["default"]
-    adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
-    head = model.get_base_model().get_output_embeddings()
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        raise ModelError("model.lora_targets names the output head, which must stay frozen; take it out of the list")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
-            module.p = 0.0
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # bf16 master weights would lose updates of 1e-5
-            parameter.data = parameter.data.float()
-    return model
 
 
 class TransformersPolicy:
@@ -170,9 +69,11 @@ class TransformersPolicy:
         self.end_ids = template.end_ids(base.generation_config)
         pad = template.tokenizer.pad_token_id
         self.pad_id = min(self.end_ids) if pad is None else pad
-        self._output = base.get_output_embeddings()
-        self._soft_cap = getattr(self.config, "final_logit_softcapping", None)
+        self.logits = Head(base.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self._check_head()
+        attend_by_groups(base)
+        self.by_groups = self._groups_agree()
+        """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
 
     def encode(self, prompt: str | list[Message]) -> Prompt:
         return self.template.encode(prompt)
@@ -180,42 +81,75 @@ class TransformersPolicy:
     def decode(self, ids: Sequence[int]) -> str:
         return self.template.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
+        """See `rollout.engine.Decoder`."""
+        found: Tensor = self.decoder(
+            input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups
+        ).last_hidden_state
+        return found
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        config = self.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * width * self.dtype.itemsize
+
+    def cache_mib(self) -> int:
+        """Memory for keys and values that suits this machine (MiB)."""
+        if self.device.type != "cuda":
+            return 2048
+        return max(1, torch.cuda.mem_get_info(self.device)[0] // 3 // 2**20)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         self._check_length(prompts, sampling)
         self.model.eval()
-        groups = sample_groups(self.model, [prompt.ids for prompt in prompts], sampling, self.end_ids, self.pad_id)
-        return [
-            [
-                Completion(
-                    tuple(answer.ids), (True,) * len(answer.ids), tuple(answer.logprobs), self.decode(answer.ids),
-                    answer.stopped,
-                )
-                for answer in group
-            ]
-            for group in groups
-        ]  # fmt: skip
+        groups: list[dict[int, Completion]] = [{} for _ in prompts]
+        for answer in self._answers([prompt.ids for prompt in prompts], sampling):
+            group = groups[answer.prompt]
+            group[answer.member] = Completion(
+                tuple(answer.ids), (True,) * len(answer.ids), tuple(answer.logprobs), self.decode(answer.ids),
+                answer.stopped,
+            )  # fmt: skip
+            if len(group) == sampling.members:
+                yield answer.prompt, [group[m] for m in range(sampling.members)]
+
+    def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
+        if sampling.engine == "generate" or not self.by_groups:
+            return reference.generate(self.model, prompts, sampling, self.end_ids, self.pad_id)
+        slots = slot_count(prompts, sampling, self.token_bytes)
+        return Engine(self, prompts, sampling, self.end_ids, slots).answers()
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         # Gradient checkpointing only acts in training mode; all dropout is 0, so the mode changes nothing else.
         self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
-        width = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = torch.full((len(rows), width), self.pad_id)
-        attention = torch.zeros((len(rows), width), dtype=torch.long)
-        scored = torch.zeros((len(rows), width), dtype=torch.bool)  # where the next id is a completion id
-        for i, (prompt, completion) in enumerate(rows):
-            end = len(prompt) + len(completion)
-            ids[i, :end] = torch.tensor(prompt + completion)
-            attention[i, :end] = 1
-            scored[i, len(prompt) - 1 : end - 1] = True
-        ids, scored = ids.to(self.device), scored.to(self.device)
-        hidden = self.decoder(
-            input_ids=ids, attention_mask=attention.to(self.device), use_cache=False,
-            position_ids=torch.arange(width, device=self.device).expand(len(rows), -1),
-        ).last_hidden_state  # fmt: skip
-        targets = ids.roll(-1, dims=1)[scored]
-        logprobs, entropy = selected_logprobs(hidden[scored], targets, self._head, temperature)
+        hidden = self._packed_hidden(rows) if self.by_groups else reference.hidden(self.decoder, rows, self.pad_id)
+        targets = torch.tensor([i for _, completion in rows for i in completion], device=self.device)
+        logprobs, entropy = selected_logprobs(hidden, targets, self.logits, temperature)
         lengths = [len(completion) for _, completion in rows]
         return _padded(logprobs, lengths), _padded(entropy, lengths)
+
+    def _packed_hidden(self, rows: Sequences) -> Tensor:
+        """Hidden states from which each completion id is predicted, row after row: [sum of T, width].
+
+        Rows with the same prompt share its tokens; an answer's last token predicts nothing and is not read at all.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for i, (prompt, _) in enumerate(rows):
+            members.setdefault(tuple(prompt), []).append(i)
+        read = [(prompt, [rows[i][1][:-1] for i in group]) for prompt, group in members.items()]
+        groups = Packed([(len(prompt), [len(a) for a in answers]) for prompt, answers in read], self.device)
+        ids = [i for prompt, answers in read for part in (prompt, *answers) for i in part]
+        hidden = self.hidden(torch.tensor([ids], device=self.device), groups.positions, groups)[0]
+        places: list[list[int]] = [[] for _ in rows]
+        start = 0
+        for prompt, group in members.items():
+            last, start = start + len(prompt) - 1, start + len(prompt)
+            for i in group:
+                tokens = max(0, len(rows[i][1]) - 1)
+                places[i] = [last, *range(start, start + tokens)] if rows[i][1] else []
+                start += tokens
+        return hidden[torch.tensor([place for row in places for place in row], device=self.device, dtype=torch.long)]
 
     def reference(self) -> AbstractContextManager[object]:
         return self.model.disable_adapter()
@@ -233,21 +167,50 @@ class TransformersPolicy:
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits = self._output(hidden)
-        return logits if self._soft_cap is None else self._soft_cap * torch.tanh(logits / self._soft_cap)
-
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some architectures scale logits after the head; find out now, not from a run that learns nothing."""
         ids = torch.arange(4, device=self.device).unsqueeze(0)
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        got = self._head(self.decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
-        if not torch.allclose(expected, got, rtol=1e-2, atol=1e-2):
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()[0]
+        got = self.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+        if not torch.allclose(expected, got, rtol=2e-2, atol=2e-2):
             raise ModelError(
                 f"the model type {self.config.model_type!r} changes its logits after the output head, which is not "
                 "supported yet; take a Qwen, Llama, SmolLM, Mistral or Gemma model"
             )
+
+    def _groups_agree(self) -> bool:
+        """Whether two groups come out of decoding and the packed forward as out of padded rows; if not, says so."""
+        try:
+            wrong = self._distance_by_groups()
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            wrong = first_line(error)
+        if wrong:
+            print(
+                f"warning: our attention over groups does not fit the model type {self.config.model_type!r} ({wrong}): "
+                "answers come from transformers' generate and the update is padded, slower and with more memory",
+                file=sys.stderr,
+            )
+        return not wrong
+
+    @torch.no_grad()
+    def _distance_by_groups(self) -> str:
+        """-> what differs by more than rounding; empty if nothing does."""
+        prompts = [tuple(range(3, 12)), tuple(range(5, 9))]
+        answers = list(Engine(self, prompts, Sampling(2, 5), frozenset(), slots=3).answers())
+        rows = [(prompts[answer.prompt], tuple(answer.ids)) for answer in answers]
+        packed, padded = (
+            self.logits(self._packed_hidden(rows)),
+            self.logits(reference.hidden(self.decoder, rows, self.pad_id)),
+        )
+        ids = torch.tensor([i for answer in answers for i in answer.ids], device=self.device)
+        drawn = torch.tensor([logprob for answer in answers for logprob in answer.logprobs], device=self.device)
+        scored = torch.log_softmax(padded, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        bound = 1e-3 if self.dtype.itemsize >= 4 else 0.1
+        # medians: in 16 bits single positions of senseless text differ much, a wrong mask or position makes all differ
+        if ((packed - padded).norm(dim=-1) / padded.norm(dim=-1)).median() > bound:
+            return "other logits"
+        return "other log-probabilities" if (drawn - scored).abs().median() > 4 * bound else ""
 
     def _check_length(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)

@@ -1,109 +1,232 @@
-"""Decoding groups: each prompt is read once, its cache copied to the members, finished rows leave the batch."""
+"""Decoding groups: a prompt is read once for all its answers, finished rows leave, waiting ones take their place."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lite_trgrpo.attention import Attend, Packed
 from lite_trgrpo.records import Sampling
+from lite_trgrpo.rollout.cache import GroupCache
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 
+READ_AT_ONCE = 4096  # prompt tokens of one forward
+LOOP_PERIOD, LOOP_TOKENS = 16, 64  # an answer loops when its last 64 tokens repeat with a period of at most 16
 
-@dataclass(slots=True)
+
+class Decoder(Protocol):
+    """What the engine needs of a model."""
+
+    device: torch.device
+
+    def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
+        """ids and positions [R, L] -> last hidden states [R, L, width], with `groups` as the attention."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, width] -> [N, V], at least fp32."""
+
+
+@dataclass(slots=True, eq=False)
 class Answer:
     """A completion while it grows."""
 
     prompt: int
     member: int
-    ids: list[int]
-    logprobs: list[float]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    key: int = 0
+    """Of its random numbers."""
 
 
-@torch.no_grad()
-def sample_groups(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: frozenset[int], pad_id: int
-) -> list[list[Answer]]:
-    """Prompt ids -> for each prompt its answers, by member.
+@dataclass(slots=True, eq=False)
+class Line:
+    """A prompt that has been read and still has answers to give."""
 
-    `model` is a causal language model of transformers in eval mode. At most `sampling.max_rows` answers are decoded
-    side by side; prompts of like length go together, since they are padded to the longest.
-    """
-    groups: list[list[Answer]] = [[Answer(p, m, [], []) for m in range(sampling.members)] for p in range(len(prompts))]
-    for wave in _waves(groups, prompts, sampling.max_rows):
-        _decode(model, prompts, wave, sampling, end_ids, pad_id)
-    return groups
-
-
-def _waves(groups: list[list[Answer]], prompts: Sequence[Sequence[int]], max_rows: int) -> Iterator[list[Answer]]:
-    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    answers = [answer for p in by_length for answer in groups[p]]
-    for start in range(0, len(answers), max_rows):
-        yield answers[start : start + max_rows]
+    prompt: int
+    length: int
+    last: Tensor
+    """Hidden state of its last token, from which every answer's first token is drawn: [width]."""
+    waiting: int
+    """Members that have not begun."""
+    open: int
+    """Members that have not finished."""
 
 
-def _decode(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    answers: list[Answer],
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    pad_id: int,
-) -> None:
-    """Grow the answers of one wave in place until each has stopped or reached the cap."""
-    logits, cache, mask = _prefill(model, prompts, answers, pad_id)
-    numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64)
-    keys = row_keys(sampling.key, numbers[:, 0], numbers[:, 1])
-    for position in range(sampling.max_new_tokens):
-        uniform = None if sampling.greedy else torch.from_numpy(uniforms(keys, position)).to(logits.device)
+@dataclass(slots=True)
+class Counts:
+    """Work done, by the count rather than the clock."""
+
+    prompt_tokens: int = 0
+    row_steps: int = 0
+    """Rows forwarded, summed over decoding steps."""
+    steps: int = 0
+    full_steps: int = 0
+    """Steps with every slot taken, or nobody waiting for one."""
+
+
+class Engine:
+    """One queue of prompts, `sampling.members` answers each, decoded in at most `slots` rows."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        end_ids: frozenset[int],
+        slots: int,
+    ) -> None:
+        self.decoder, self.prompts, self.sampling, self.end_ids = decoder, prompts, sampling, end_ids
+        self.slots, self.max_lines = slots, line_count(slots, len(prompts), sampling.members)
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        self.cache = GroupCache(slots, self.max_lines, sampling.max_new_tokens, longest)
+        self.counts = Counts()
+        # prompts of like length at the same time: they are read up to the longest
+        self._queue = deque(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
+        self._lines: list[Line] = []
+        self._rows: list[tuple[Answer, Line]] = []  # a row's place in this list is its place in the cache
+
+    def answers(self) -> Iterator[Answer]:
+        """Every answer, as soon as it is finished."""
+        while self._queue or self._lines:
+            yield from self._admit()
+            if self._rows:
+                yield from self._step()
+
+    @torch.no_grad()
+    def _admit(self) -> list[Answer]:
+        """Fill the free slots; -> answers that ended with their first token."""
+        finished: list[Answer] = []
+        while len(self._rows) < self.slots and (any(line.waiting for line in self._lines) or self._can_read()):
+            if not any(line.waiting for line in self._lines):
+                self._read()
+            begun: list[tuple[Answer, Line]] = []
+            for line in self._lines:
+                while line.waiting and len(self._rows) + len(begun) < self.slots:
+                    begun.append((Answer(line.prompt, self.sampling.members - line.waiting), line))
+                    line.waiting -= 1
+            self._set_keys([answer for answer, _ in begun])
+            self._rows += begun
+            logits = self.decoder.logits(torch.stack([line.last for _, line in begun]))
+            finished += self._extend(begun, logits)
+        return finished
+
+    def _can_read(self) -> bool:
+        return bool(self._queue) and len(self._lines) < self.max_lines
+
+    def _read(self) -> None:
+        """Read as many prompts as the free slots ask for, in one forward."""
+        free, tokens = self.slots - len(self._rows), 0
+        chosen: list[int] = []
+        while (
+            self._queue
+            and len(self._lines) + len(chosen) < self.max_lines
+            and len(chosen) * self.sampling.members < free
+            and (not chosen or tokens + len(self.prompts[self._queue[0]]) <= READ_AT_ONCE)
+        ):
+            tokens += len(self.prompts[self._queue[0]])
+            chosen.append(self._queue.popleft())
+        lengths = [len(self.prompts[p]) for p in chosen]
+        self.cache.read_into([(len(self._lines) + i, length) for i, length in enumerate(lengths)])
+        groups = Packed([(length, ()) for length in lengths], self.decoder.device, keep=self.cache)
+        ids = torch.tensor([[i for p in chosen for i in self.prompts[p]]], device=self.decoder.device)
+        hidden = self.decoder.hidden(ids, groups.positions, groups)[0]
+        members = self.sampling.members
+        for p, length, span in zip(chosen, lengths, groups.spans, strict=True):
+            self._lines.append(Line(p, length, hidden[span.stop - 1].clone(), members, members))
+        self.counts.prompt_tokens += tokens
+
+    @torch.no_grad()
+    def _step(self) -> list[Answer]:
+        """One token for every row; -> the answers that are finished with it."""
+        line_of = {id(line): i for i, line in enumerate(self._lines)}
+        device, rows = self.decoder.device, self._rows
+        prompts = [line.length for _, line in rows]
+        stored = [len(answer.ids) - 1 for answer, _ in rows]  # the newest token is stored by this forward
+        self.cache.arrange([line_of[id(line)] for _, line in rows], prompts, stored, device)
+        ids = torch.tensor([[answer.ids[-1]] for answer, _ in rows], device=device)
+        positions = torch.tensor([[p + s] for p, s in zip(prompts, stored, strict=True)], device=device)
+        hidden = self.decoder.hidden(ids, positions, self.cache)
+        self.counts.steps += 1
+        self.counts.row_steps += len(rows)
+        self.counts.full_steps += len(rows) == self.slots or not (self._queue or any(x.waiting for x in self._lines))
+        return self._extend(rows, self.decoder.logits(hidden[:, 0]))
+
+    def _extend(self, rows: Sequence[tuple[Answer, Line]], logits: Tensor) -> list[Answer]:
+        """Draw each row's next token and let go of the rows that are finished."""
+        answers = [answer for answer, _ in rows]
+        uniform = None
+        if not self.sampling.greedy:
+            keys = np.array([answer.key for answer in answers], dtype=np.uint64)
+            positions = np.array([len(answer.ids) for answer in answers])
+            uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
         ids, logprobs = draw(
-            logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
-        )
+            logits, uniform,
+            temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
+        )  # fmt: skip
+        finished = []
         for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
             answer.ids.append(token)
             answer.logprobs.append(logprob)
-            answer.stopped = token in end_ids
-        open_rows = [i for i, answer in enumerate(answers) if not answer.stopped]
-        if not open_rows or position + 1 == sampling.max_new_tokens:
-            return
-        if len(open_rows) < len(answers):
-            index = torch.tensor(open_rows, device=ids.device)
-            answers, keys = [answers[i] for i in open_rows], keys[open_rows]
-            ids, mask = ids[index], mask[index]
-            cache.batch_select_indices(index)
-        mask = torch.cat([mask, mask.new_ones(len(answers), 1)], dim=1)
-        logits = model(
-            input_ids=ids.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+            answer.stopped = token in self.end_ids
+            if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens or self._loops(answer.ids):
+                finished.append(answer)
+        if finished:
+            self._release({id(answer) for answer in finished})
+        return finished
+
+    def _loops(self, ids: Sequence[int]) -> bool:
+        return self.sampling.stop_loops and looping(ids)
+
+    def _release(self, finished: set[int]) -> None:
+        """Rows and lines stay dense: the last one moves into a place that has become free."""
+        for i in reversed(range(len(self._rows))):
+            answer, line = self._rows[i]
+            if id(answer) not in finished:
+                continue
+            line.open -= 1
+            last, _ = self._rows[-1]
+            self.cache.move_row(len(self._rows) - 1, i, len(last.ids) - 1)
+            self._rows[i] = self._rows[-1]
+            self._rows.pop()
+        for i in reversed(range(len(self._lines))):
+            if self._lines[i].open == 0:
+                self.cache.move_line(len(self._lines) - 1, i, self._lines[-1].length)
+                self._lines[i] = self._lines[-1]
+                self._lines.pop()
+
+    def _set_keys(self, answers: Sequence[Answer]) -> None:
+        numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64)
+        keys = row_keys(self.sampling.key, numbers[:, 0], numbers[:, 1])
+        for answer, key in zip(answers, keys.tolist(), strict=True):
+            answer.key = key
 
 
-def _prefill(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], pad_id: int
-) -> tuple[Tensor, Any, Tensor]:
-    """Read each prompt of the wave once; -> first logits [B, V], cache of B rows, mask [B, L]."""
-    unique = sorted({answer.prompt for answer in answers})
-    longest = max(len(prompts[p]) for p in unique)
-    ids = torch.full((len(unique), longest), pad_id)
-    mask = torch.zeros((len(unique), longest), dtype=torch.long)
-    for i, p in enumerate(unique):
-        ids[i, longest - len(prompts[p]) :] = torch.tensor(prompts[p])
-        mask[i, longest - len(prompts[p]) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # padding on the left must not shift positions
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    row_of = {p: i for i, p in enumerate(unique)}
-    index = torch.tensor([row_of[answer.prompt] for answer in answers], device=model.device)
-    output.past_key_values.batch_select_indices(index)
-    return output.logits[index, -1], output.past_key_values, mask[index]
+def line_count(slots: int, prompts: int, members: int) -> int:
+    """Prompts held at a time: enough for full slots while some groups are down to their last answers."""
+    return max(1, min(slots, prompts, 2 * -(-slots // members) + 1))
+
+
+def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int) -> int:
+    """The most rows, up to `sampling.max_rows`, whose keys and values fit `sampling.cache_bytes`; at least one.
+
+    `token_bytes`: keys and values of one token in all layers.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+
+    def needed(rows: int) -> int:
+        lines = line_count(rows, len(prompts), sampling.members)
+        return token_bytes * (rows * sampling.max_new_tokens + lines * longest)
+
+    wanted = min(sampling.max_rows, len(prompts) * sampling.members)
+    return next((rows for rows in range(wanted, 1, -1) if needed(rows) <= sampling.cache_bytes), 1)
+
+
+def looping(ids: Sequence[int]) -> bool:
+    """Whether the last LOOP_TOKENS repeat with some period of at most LOOP_PERIOD."""
+    tail = list(ids[-LOOP_TOKENS:])
+    return len(tail) == LOOP_TOKENS and any(tail[p:] == tail[:-p] for p in range(1, LOOP_PERIOD + 1))

@@ -28,8 +28,8 @@ def row_keys(key: tuple[int, ...], prompts: np.ndarray, members: np.ndarray) -> 
     return mix(mix(base, prompts), members)
 
 
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """[B] row keys, position of the token in its completion -> [B] float64 in [0, 1)."""
+def uniforms(keys: np.ndarray, position: np.ndarray | int) -> np.ndarray:
+    """[B] row keys, position(s) of the token in its completion -> [B] float64 in [0, 1)."""
     return (mix(keys, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,0 +1,127 @@
+"""Attention over groups: a prompt is read once, however many answers follow it.
+
+transformers lets a model's attention be replaced by a function. Ours hands queries, keys and values of each layer to an
+object that travels with the forward: `Packed` here for reading prompts and for the update, `rollout.cache.GroupCache`
+for decoding. Everything outside attention works on single tokens, so a batch needs no padding: it is one row
+
+    [prompt | answer 1 | ... | answer G | next prompt | ...]
+
+in which an answer sees its prompt and itself, and positions go on from the prompt in each answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Attend(Protocol):
+    """One layer's attention. H query heads, K key-value heads, D head size."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        """q [R, H, L, D], k and v [R, K, L, D] -> [R, L, H, D]; a query sees at most `window` keys, itself included."""
+
+
+class Keep(Protocol):
+    """What wants the keys and values of a packed row."""
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k and v [K, N, D] of all N tokens of the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a prompt and its answers lie in the packed row: lengths, one after the other."""
+
+    start: int
+    prompt: int
+    answers: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.answers)
+
+
+class Packed:
+    """Attention of a packed row without padding, R = 1."""
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]], device: torch.device, keep: Keep | None = None):
+        """`groups`: (prompt length, answer lengths) in the order of the row; an answer may have length 0."""
+        self.spans: list[Span] = []
+        positions: list[Tensor] = []
+        for prompt, answers in groups:
+            self.spans.append(Span(self.spans[-1].stop if self.spans else 0, prompt, tuple(n for n in answers if n)))
+            positions += [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in answers)]
+        self.positions = torch.cat(positions).unsqueeze(0).to(device)  # [1, N]
+        self._padded = [_padding(span, device) for span in self.spans]
+        self._keep = keep
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        if self._keep is not None:
+            self._keep.keep(layer, k[0], v[0])
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            # What attention would keep for backward is the prompt's keys once for each answer: rather repeat it.
+            found: Tensor = checkpoint(self._attend, q, k, v, scaling, window, use_reentrant=False)
+            return found
+        return self._attend(q, k, v, scaling, window)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        q, k, v = q[0], k[0], v[0]  # [H, N, D]
+        parts = []
+        for span, padding in zip(self.spans, self._padded, strict=True):
+            prompt = slice(span.start, span.start + span.prompt)
+            parts.append(_causal(q[:, prompt], k[:, prompt], v[:, prompt], scaling, window))
+            if padding is not None:
+                parts.append(_answers(q, k, v, prompt, *padding, scaling, window))
+        return torch.cat(parts).unsqueeze(0)
+
+
+def _padding(span: Span, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """-> for [answers, longest] places: the index in the row (an answer's end repeats its last), whether it is real."""
+    if not span.answers:
+        return None
+    lengths = torch.tensor(span.answers).unsqueeze(1)
+    starts = span.start + span.prompt + lengths.cumsum(0) - lengths
+    offsets = torch.arange(max(span.answers)).unsqueeze(0)
+    return (starts + offsets.minimum(lengths - 1)).to(device), (offsets < lengths).to(device)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    """[H, L, D], [K, L, D] -> [L, H, D], each place seeing itself and what is before it."""
+    length = q.shape[1]
+    k, v = _repeat(k, q.shape[0]), _repeat(v, q.shape[0])
+    mask = None if window is None or length <= window else visible(length, length, window, q.device)
+    return F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling
+    )[0].transpose(0, 1)
+
+
+def _answers(
+    q: Tensor, k: Tensor, v: Tensor, prompt: slice, index: Tensor, real: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """The answers of one group side by side, padded inside attention alone -> [their tokens, H, D]."""
+    answers, longest = index.shape
+    heads = q.shape[0]
+    k, v = (
+        _repeat(torch.cat([x[:, prompt].expand(answers, -1, -1, -1), x[:, index].transpose(0, 1)], dim=2), heads)
+        for x in (k, v)
+    )
+    mask = visible(longest, prompt.stop - prompt.start + longest, window, q.device)
+    out = F.scaled_dot_product_attention(q[:, index].transpose(0, 1), k, v, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2)[real]
+
+
+def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool: the queries are the last of the keys; each sees itself, what is before, within `window`."""
+    distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """[..., K, L, D] -> [..., H, L, D]: grouped queries share keys; not every kernel knows that by itself."""
+    return x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], dim=-3)

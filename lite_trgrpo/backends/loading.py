@@ -1,0 +1,117 @@
+"""Loading a base model in 16, 32 or 4 bits and putting a LoRA adapter on it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite_trgrpo.backends.weights import Located
+from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.hub import fetch
+from lite_trgrpo.options import Model
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """`auto` takes the card if torch can use one. A card asked for and not usable is an error."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"model.device = cuda, but torch {torch.__version__} sees no usable card. Install a CUDA build of torch "
+            "(pytorch.org/get-started), or type --set model.device=cpu"
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the card has it, else float16 (Turing); float32 on CPU."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    try:
+        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{located.folder} is no model that transformers knows: {error}") from None
+    for name in vars(config):  # any dropout would make the ratio differ from 1 before the first update
+        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    quantization = None
+    if options.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            located.folder, config=config, dtype=dtype, device_map={"": device},
+            quantization_config=quantization, use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{options.name} could not be loaded: {str(error).splitlines()[0]}") from None
+    if quantization is not None:
+        keep_gradients_on_cpu(model)
+    return model
+
+
+def keep_gradients_on_cpu(model: nn.Module) -> None:
+    """Clear the flag under which bitsandbytes loses gradients on CPU.
+
+    On processors with avx512_bf16, bitsandbytes 0.50 repacks every 4-bit layer at its first forward in eval mode;
+    from then on no gradient passes through the base weights, silently: sample, then train, is exactly that order.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def with_lora(base: Any, options: Model, located: Located) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors import SafetensorError
+
+    if options.adapter is not None:
+        folder = Path(options.adapter).expanduser()
+        if not folder.is_dir():
+            if options.adapter.count("/") != 1 or options.adapter.startswith((".", "runs/")):
+                raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
+            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        except (RuntimeError, ValueError, OSError, TypeError, SafetensorError) as error:
+            raise ModelError(
+                f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
+                "names the base it was made for"
+            ) from None
+    else:
+        every_layer = options.lora_targets == ["all-linear"]
+        lora = LoraConfig(
+            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
+            target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        try:
+            model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
+    adapter = model.peft_config["default"]
+    adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
+    head = model.get_base_model().get_output_embeddings()
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        raise ModelError("model.lora_targets names the output head, which must stay frozen; take it out of the list")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
+            module.p = 0.0
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # bf16 master weights would lose updates of 1e-5
+            parameter.data = parameter.data.float()
+    return model

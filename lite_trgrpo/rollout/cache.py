@@ -1,0 +1,135 @@
+"""Keys and values while groups are decoded: those of a prompt once, those of an answer in a place of its own.
+
+Nothing grows by concatenation: both stores are allocated at their full size, and attention reads them up to the longest
+entry that is alive. Live rows and live prompts are kept dense: what leaves is overwritten by the last.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BUCKET = 16  # lengths are rounded up to this, so that shapes change every 16th token only
+
+
+class GroupCache:
+    """Rows are answers, lines are prompts. Allocated layer by layer when the first prompt passes through."""
+
+    def __init__(self, rows: int, lines: int, row_tokens: int, line_tokens: int) -> None:
+        self.size = (rows, lines, _bucket(row_tokens), _bucket(line_tokens))
+        self.rows: list[tuple[Tensor, Tensor]] = []  # for each layer keys and values [rows, K, row_tokens, D]
+        self.lines: list[tuple[Tensor, Tensor]] = []  # [lines, K, line_tokens, D]
+        self.bytes_moved = 0
+        self._reading: Sequence[tuple[int, int]] = ()
+        self._masks: dict[int | None, Tensor] = {}
+
+    # -- reading prompts ------------------------------------------------------------------------------------
+
+    def read_into(self, lines: Sequence[tuple[int, int]]) -> None:
+        """The next packed row holds prompts of these (line, length), one after the other."""
+        self._reading = lines
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if layer == len(self.lines):
+            rows, lines, row_tokens, line_tokens = self.size
+            heads, _, width = k.shape
+            self.rows.append((k.new_zeros(rows, heads, row_tokens, width), k.new_zeros(rows, heads, row_tokens, width)))
+            self.lines.append(
+                (k.new_zeros(lines, heads, line_tokens, width), k.new_zeros(lines, heads, line_tokens, width))
+            )
+        start = 0
+        for line, length in self._reading:
+            for store, read in zip(self.lines[layer], (k, v), strict=True):
+                store[line, :, :length] = read[:, start : start + length]
+            start += length
+
+    # -- leaving --------------------------------------------------------------------------------------------
+
+    def move_row(self, source: int, target: int, tokens: int) -> None:
+        self._move(self.rows, source, target, tokens)
+
+    def move_line(self, source: int, target: int, tokens: int) -> None:
+        self._move(self.lines, source, target, tokens)
+
+    def _move(self, stores: list[tuple[Tensor, Tensor]], source: int, target: int, tokens: int) -> None:
+        if source == target:
+            return
+        for pair in stores:
+            for store in pair:
+                store[target, :, :tokens] = store[source, :, :tokens]
+                self.bytes_moved += store[source, :, :tokens].nbytes
+
+    # -- decoding -------------------------------------------------------------------------------------------
+
+    def arrange(
+        self, lines: Sequence[int], prompts: Sequence[int], tokens: Sequence[int], device: torch.device
+    ) -> None:
+        """Before each step: for every row its line, that prompt's length, and the answer's tokens already stored."""
+        members = [0] * (max(lines) + 1)
+        places = []
+        for line in lines:
+            places.append(members[line])
+            members[line] += 1
+        self._lines, self._width = len(members), max(members)
+        layout = torch.tensor([lines, places, prompts, tokens], device=device)
+        self._place = layout[0] * self._width + layout[1]
+        # whole groups in order, as at the start: the rows lie as the lines want them
+        self._dense = [line * self._width + place for line, place in zip(lines, places, strict=True)] == list(
+            range(self._lines * self._width)
+        )
+        self._prompts, self._tokens = layout[2], layout[3]
+        self._row = torch.arange(len(lines), device=device)
+        self._line_tokens, self._row_tokens = _bucket(max(prompts)), _bucket(max(tokens) + 1)
+        self._masks = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        """One new token a row, R = B; see `attention.Attend`."""
+        (row_k, row_v), (line_k, line_v) = self.rows[layer], self.lines[layer]
+        rows, heads, _, width = q.shape
+        row_k[self._row, :, self._tokens] = k[:, :, 0]
+        row_v[self._row, :, self._tokens] = v[:, :, 0]
+        row_k, row_v = (x[:rows, :, : self._row_tokens] for x in (row_k, row_v))
+        line_k, line_v = (x[: self._lines, :, : self._line_tokens] for x in (line_k, line_v))
+        q = q.view(rows, k.shape[1], -1, width)  # the queries that share a key-value head side by side
+        shared = self._by_row(self._by_line(q) @ line_k.transpose(-1, -2))
+        scores = torch.cat([shared, q @ row_k.transpose(-1, -2)], -1)
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scaling + self._mask(window)
+        weights = torch.softmax(scores, -1).to(q.dtype)
+        shared, own = weights.split([self._line_tokens, self._row_tokens], -1)
+        out = own @ row_v + self._by_row(self._by_line(shared) @ line_v)
+        return out.reshape(rows, 1, heads, width)
+
+    def _by_line(self, x: Tensor) -> Tensor:
+        """[B, K, n, *] -> [lines, K, members * n, *]: the rows of a prompt in one product with its keys."""
+        _, heads, n, last = x.shape
+        if not self._dense:
+            spread = x.new_zeros(self._lines * self._width, heads, n, last)
+            spread[self._place] = x
+            x = spread
+        x = x.view(self._lines, self._width, heads, n, last).transpose(1, 2)
+        return x.reshape(self._lines, heads, self._width * n, last)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """The way back: [lines, K, members * n, *] -> [B, K, n, *]."""
+        lines, heads, _, last = x.shape
+        x = x.view(lines, heads, self._width, -1, last).transpose(1, 2)
+        x = x.reshape(lines * self._width, heads, -1, last)
+        return x if self._dense else x[self._place]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[B, 1, 1, line_tokens + row_tokens]: 0 where a row's new token sees a key, -inf elsewhere; once a step."""
+        if window not in self._masks:
+            key = torch.arange(self._line_tokens + self._row_tokens, device=self._tokens.device)
+            own = key - self._line_tokens  # below 0: a key of the prompt
+            position = torch.where(own < 0, key, self._prompts[:, None] + own)  # [B, keys]
+            now = (self._prompts + self._tokens)[:, None]
+            seen = torch.where(own < 0, key < self._prompts[:, None], position <= now)
+            if window is not None:
+                seen &= now - position < window
+            mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+
+def _bucket(tokens: int) -> int:
+    return -(-tokens // BUCKET) * BUCKET
