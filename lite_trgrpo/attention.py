@@ -81,13 +81,16 @@ class Packed:
 
 
 def _padding(span: Span, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """-> for [answers, longest] places: the index in the row (an answer's end repeats its last), whether it is real."""
+    """-> for [answers, longest] places their index in the row (an answer's end repeats its last); the real places."""
     if not span.answers:
         return None
-    lengths = torch.tensor(span.answers).unsqueeze(1)
-    starts = span.start + span.prompt + lengths.cumsum(0) - lengths
-    offsets = torch.arange(max(span.answers)).unsqueeze(0)
-    return (starts + offsets.minimum(lengths - 1)).to(device), (offsets < lengths).to(device)
+    longest, start = max(span.answers), span.start + span.prompt
+    index, real = [], []
+    for i, length in enumerate(span.answers):
+        index.append([start + min(t, length - 1) for t in range(longest)])
+        real += [i * longest + t for t in range(length)]
+        start += length
+    return torch.tensor(index, device=device), torch.tensor(real, device=device)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -112,7 +115,7 @@ def _answers(
     )
     mask = visible(longest, prompt.stop - prompt.start + longest, window, q.device)
     out = F.scaled_dot_product_attention(q[:, index].transpose(0, 1), k, v, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2)[real]
+    return out.transpose(1, 2).flatten(0, 1)[real]
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

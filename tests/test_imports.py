@@ -49,9 +49,12 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "backends.groups": ("attention", "torch transformers"),
     "backends.reference": ("policy records rollout.engine", "torch transformers"),
+    "backends.network": (
+        "attention backends.groups backends.reference logprobs policy records rollout.engine", "torch"
+    ),
     "backends.transformers": (
-        "attention backends.groups backends.loading backends.reference backends.template backends.weights errors "
-        "logprobs options policy records rollout.engine",
+        "backends.loading backends.network backends.reference backends.template backends.weights errors options policy "
+        "records rollout.engine",
         "torch transformers",
     ),
     "weighting": ("objective options", "torch"),

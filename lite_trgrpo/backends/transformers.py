@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite_trgrpo.attention import Attend, Packed
 from lite_trgrpo.backends import reference
-from lite_trgrpo.backends.groups import NO_MASK, attend_by_groups
 from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtype, with_lora
+from lite_trgrpo.backends.network import Network
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.backends.weights import Located, locate
 from lite_trgrpo.errors import ModelError, first_line
-from lite_trgrpo.logprobs import Head, selected_logprobs
 from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences
 from lite_trgrpo.records import Completion, Message, Prompt, Sampling
@@ -50,8 +48,6 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
     torch.manual_seed(seed)
     model = with_lora(base, options, located)
     model.eval()
-    if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     return TransformersPolicy(model, template, located, gradient_checkpointing)
 
 
@@ -62,38 +58,17 @@ class TransformersPolicy:
         self.model = model
         self.template = template
         self.located = located
-        self.gradient_checkpointing = gradient_checkpointing
-        base = model.get_base_model()
-        self.decoder, self.config = base.get_decoder(), base.config.get_text_config()
-        self.device, self.dtype = base.device, base.dtype
-        self.end_ids = template.end_ids(base.generation_config)
+        self.end_ids = template.end_ids(model.get_base_model().generation_config)
         pad = template.tokenizer.pad_token_id
-        self.pad_id = min(self.end_ids) if pad is None else pad
-        self.logits = Head(base.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
-        self._check_head()
-        attend_by_groups(base)
-        self.by_groups = self._groups_agree()
-        """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
+        self.network = Network(model, min(self.end_ids) if pad is None else pad, gradient_checkpointing)
+        self.device, self.dtype = self.network.device, self.network.dtype
+        self._check()
 
     def encode(self, prompt: str | list[Message]) -> Prompt:
         return self.template.encode(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.template.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
-        """See `rollout.engine.Decoder`."""
-        found: Tensor = self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups
-        ).last_hidden_state
-        return found
-
-    @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
-        config = self.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * width * self.dtype.itemsize
 
     def cache_mib(self) -> int:
         """Memory for keys and values that suits this machine (MiB)."""
@@ -115,47 +90,19 @@ class TransformersPolicy:
                 yield answer.prompt, [group[m] for m in range(sampling.members)]
 
     def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
-        if sampling.engine == "generate" or not self.by_groups:
-            return reference.generate(self.model, prompts, sampling, self.end_ids, self.pad_id)
-        slots = slot_count(prompts, sampling, self.token_bytes)
-        return Engine(self, prompts, sampling, self.end_ids, slots).answers()
+        if sampling.engine == "generate" or not self.network.by_groups:
+            return reference.generate(self.model, prompts, sampling, self.end_ids, self.network.pad_id)
+        slots = slot_count(prompts, sampling, self.network.token_bytes)
+        return Engine(self.network, prompts, sampling, self.end_ids, slots).answers()
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-        # Gradient checkpointing only acts in training mode; all dropout is 0, so the mode changes nothing else.
-        self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
-        hidden = self._packed_hidden(rows) if self.by_groups else reference.hidden(self.decoder, rows, self.pad_id)
-        targets = torch.tensor([i for _, completion in rows for i in completion], device=self.device)
-        logprobs, entropy = selected_logprobs(hidden, targets, self.logits, temperature)
-        lengths = [len(completion) for _, completion in rows]
-        return _padded(logprobs, lengths), _padded(entropy, lengths)
-
-    def _packed_hidden(self, rows: Sequences) -> Tensor:
-        """Hidden states from which each completion id is predicted, row after row: [sum of T, width].
-
-        Rows with the same prompt share its tokens; an answer's last token predicts nothing and is not read at all.
-        """
-        members: dict[tuple[int, ...], list[int]] = {}
-        for i, (prompt, _) in enumerate(rows):
-            members.setdefault(tuple(prompt), []).append(i)
-        read = [(prompt, [rows[i][1][:-1] for i in group]) for prompt, group in members.items()]
-        groups = Packed([(len(prompt), [len(a) for a in answers]) for prompt, answers in read], self.device)
-        ids = [i for prompt, answers in read for part in (prompt, *answers) for i in part]
-        hidden = self.hidden(torch.tensor([ids], device=self.device), groups.positions, groups)[0]
-        places: list[list[int]] = [[] for _ in rows]
-        start = 0
-        for prompt, group in members.items():
-            last, start = start + len(prompt) - 1, start + len(prompt)
-            for i in group:
-                tokens = max(0, len(rows[i][1]) - 1)
-                places[i] = [last, *range(start, start + tokens)] if rows[i][1] else []
-                start += tokens
-        return hidden[torch.tensor([place for row in places for place in row], device=self.device, dtype=torch.long)]
+        return self.network.logprobs(rows, temperature)
 
     def reference(self) -> AbstractContextManager[object]:
         return self.model.disable_adapter()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.network.trainable()
 
     def save_adapter(self, folder: Path) -> None:
         part = folder.with_name(f".{folder.name}-part")  # the name `adapter` never stands for half of one
@@ -167,53 +114,28 @@ class TransformersPolicy:
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Some architectures scale logits after the head; find out now, not from a run that learns nothing."""
-        ids = torch.arange(4, device=self.device).unsqueeze(0)
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()[0]
-        got = self.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-        if not torch.allclose(expected, got, rtol=2e-2, atol=2e-2):
+    def _check(self) -> None:
+        """What we assume about a model, on a few tokens: a plain head, and attention that ours can stand in for."""
+        kind = self.network.config.model_type
+        if self.network.head_differs():
             raise ModelError(
-                f"the model type {self.config.model_type!r} changes its logits after the output head, which is not "
-                "supported yet; take a Qwen, Llama, SmolLM, Mistral or Gemma model"
+                f"the model type {kind!r} changes its logits after the output head, which is not supported yet; take a "
+                "Qwen, Llama, SmolLM, Mistral or Gemma model"
             )
-
-    def _groups_agree(self) -> bool:
-        """Whether two groups come out of decoding and the packed forward as out of padded rows; if not, says so."""
         try:
-            wrong = self._distance_by_groups()
+            wrong = self.network.groups_differ()
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             wrong = first_line(error)
+        self.network.by_groups = not wrong
         if wrong:
             print(
-                f"warning: our attention over groups does not fit the model type {self.config.model_type!r} ({wrong}): "
-                "answers come from transformers' generate and the update is padded, slower and with more memory",
+                f"warning: our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
+                "transformers' generate and the update is padded, slower and with more memory",
                 file=sys.stderr,
             )
-        return not wrong
-
-    @torch.no_grad()
-    def _distance_by_groups(self) -> str:
-        """-> what differs by more than rounding; empty if nothing does."""
-        prompts = [tuple(range(3, 12)), tuple(range(5, 9))]
-        answers = list(Engine(self, prompts, Sampling(2, 5), frozenset(), slots=3).answers())
-        rows = [(prompts[answer.prompt], tuple(answer.ids)) for answer in answers]
-        packed, padded = (
-            self.logits(self._packed_hidden(rows)),
-            self.logits(reference.hidden(self.decoder, rows, self.pad_id)),
-        )
-        ids = torch.tensor([i for answer in answers for i in answer.ids], device=self.device)
-        drawn = torch.tensor([logprob for answer in answers for logprob in answer.logprobs], device=self.device)
-        scored = torch.log_softmax(padded, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        bound = 1e-3 if self.dtype.itemsize >= 4 else 0.1
-        # medians: in 16 bits single positions of senseless text differ much, a wrong mask or position makes all differ
-        if ((packed - padded).norm(dim=-1) / padded.norm(dim=-1)).median() > bound:
-            return "other logits"
-        return "other log-probabilities" if (drawn - scored).abs().median() > 4 * bound else ""
 
     def _check_length(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.network.config, "max_position_embeddings", None)
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if any(not prompt.ids for prompt in prompts):
             raise ModelError("a prompt has no tokens; a language model needs at least one to answer to")
@@ -222,8 +144,3 @@ class TransformersPolicy:
                 f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit}; "
                 "lower data.max_prompt_tokens or rollout.max_new_tokens"
             )
-
-
-def _padded(flat: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[sum of lengths] -> [B, T], zero beyond each row's length."""
-    return nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)

@@ -1,0 +1,172 @@
+"""Group rollouts: ours, transformers' `generate`, and TRL's rollout, side by side.
+
+    python benchmarks/rollouts.py > benchmarks/rollouts.txt        (--quick: fp32, 1 and 4 short prompts)
+
+SmolLM2-135M-Instruct with an unmerged LoRA adapter, groups of 8, natural stopping, at most 64 tokens, temperature 1.
+Engines take turns (A B C A B C); medians. Memory is the peak above the loaded model. TRL's rollout is left out at 16
+prompts, where it does what `generate` does, with the same prompts read G times.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
+
+from lite_trgrpo.backends.transformers import TransformersPolicy
+from lite_trgrpo.policy import sample_all
+from lite_trgrpo.records import Sampling
+from lite_trgrpo.rollout.engine import Engine
+
+GROUP, TOKENS = 8, 64
+KINDS = {"fp32": {"dtype": "float32"}, "bf16": {"dtype": "bfloat16"}, "nf4": {"quantization": "nf4"}}
+Run = Callable[[], tuple[int, Spent]]
+
+
+def ours(policy: TransformersPolicy, prompts: list[str]) -> Run:
+    def run() -> tuple[int, Spent]:
+        with spent() as used:
+            groups = sample_all(
+                policy, [policy.encode(prompt) for prompt in prompts], Sampling(GROUP, TOKENS, key=(1,))
+            )
+        return sum(len(answer.ids) for group in groups for answer in group), used
+
+    return run
+
+
+def generate(policy: TransformersPolicy, prompts: list[str]) -> Run:
+    """One call, as a person would write it: left-padded prompts, `num_return_sequences`."""
+    tokenizer = policy.template.tokenizer
+
+    def run() -> tuple[int, Spent]:
+        texts = [policy.encode(prompt).text for prompt in prompts]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        with spent() as used, torch.no_grad():
+            made = policy.model.generate(
+                **batch, max_new_tokens=TOKENS, num_return_sequences=GROUP, do_sample=True, temperature=1.0, top_k=0,
+                eos_token_id=sorted(policy.end_ids), pad_token_id=policy.network.pad_id,
+            )[:, batch.input_ids.shape[1] :].tolist()  # fmt: skip
+        return sum(kept(row, policy.end_ids) for row in made), used
+
+    return run
+
+
+def kept(ids: list[int], end_ids: frozenset[int]) -> int:
+    """Tokens up to and with the first end token."""
+    return next((t + 1 for t, i in enumerate(ids) if i in end_ids), len(ids))
+
+
+def trl(policy: TransformersPolicy, kind: dict[str, str], prompts: list[str]) -> Run:
+    trainer = trl_trainer(policy, demo_model(**kind), GROUP, TOKENS, prompts=prompts)
+    ids = [list(policy.encode(prompt).ids) for prompt in prompts for _ in range(GROUP)]
+
+    def run() -> tuple[int, Spent]:
+        with spent() as used:
+            completions = trainer._generate_single_turn(ids, None, {}, GROUP)[0]
+        return sum(kept(list(row), policy.end_ids) for row in completions), used
+
+    return run
+
+
+def table(name: str, policy: TransformersPolicy, kind: dict[str, str], cells: list[tuple[int, bool]]) -> None:
+    for count, long in cells:
+        prompts = questions(count, long)
+        runs = {"ours": ours(policy, prompts), "generate": generate(policy, prompts)}
+        if count <= 4:
+            runs["TRL"] = trl(policy, kind, prompts)
+        found: dict[str, list[tuple[int, Spent]]] = {engine: [] for engine in runs}
+        for _ in range(1 if count == 16 and long else 2):
+            for engine, run in runs.items():
+                found[engine].append(run())
+        speed = {
+            engine: sum(tokens for tokens, _ in all_) / sum(used.seconds for _, used in all_)
+            for engine, all_ in found.items()
+        }
+        length = len(policy.encode(prompts[0]).ids)
+        memory = {engine: middle([used for _, used in all_]).mib for engine, all_ in found.items()}
+        shown = "  ".join(f"{engine} {speed[engine]:6.0f} /s {memory[engine]:6.0f} MiB" for engine in runs)
+        print(
+            f"{name:5}{count:3} x 8, prompts of {length:4}   {shown}   x{speed['ours'] / speed['generate']:.2f}",
+            flush=True,
+        )
+
+
+def near_the_limit(name: str, policy: TransformersPolicy) -> None:
+    """Share of a decode step that the model's own matrix products would take as plain F.linear, adapter on."""
+    for rows in (8, 32, 128):
+        prompts = [policy.encode(question).ids for question in questions(rows // 8, False)]
+        sampling = Sampling(8, 24, key=(2,))
+        engine = Engine(policy.network, prompts, sampling, frozenset(), rows)
+        engine._admit()  # reads the prompts; the steps alone are timed
+        started = time.perf_counter()
+        for _ in range(20):
+            engine._step()
+        step = (time.perf_counter() - started) / 20
+        products = sorted(plain_products(policy, rows) for _ in range(5))[2]
+        print(
+            f"{name:5}{rows:4} rows: step {1000 * step:6.1f} ms, "
+            f"products {1000 * products:6.1f} ms, {products / step:.0%}"
+        )
+
+
+@torch.no_grad()
+def plain_products(policy: TransformersPolicy, rows: int) -> float:
+    """Seconds for every linear layer, its LoRA pair and the head, as plain products."""
+    work = []
+    for name, module in policy.model.named_modules():
+        if name.endswith("base_layer"):
+            parent = policy.model.get_submodule(name.removesuffix(".base_layer"))
+            work.append((module.weight, parent.lora_A["default"].weight, parent.lora_B["default"].weight))
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w, _, _ in work}
+    head = policy.network.logits.layer.weight
+    hidden = torch.randn(rows, head.shape[1], dtype=head.dtype)
+    started = time.perf_counter()
+    for weight, a, b in work:
+        x = inputs[weight.shape[1]]
+        F.linear(x, weight)
+        F.linear(F.linear(x.to(a.dtype), a), b)
+    F.linear(hidden, head)
+    return time.perf_counter() - started
+
+
+def growth(policy: TransformersPolicy) -> None:
+    def line(what: str, sampling: Sampling, prompts: int) -> None:
+        encoded = [policy.encode(question).ids for question in questions(prompts, False)]
+        engine = Engine(policy.network, encoded, sampling, frozenset(), min(128, prompts * sampling.members))
+        with spent() as used:
+            tokens = sum(len(answer.ids) for answer in engine.answers())
+        print(f"{what:28} {tokens / used.seconds:6.0f} tokens/s  {used.mib:6.0f} MiB", flush=True)
+
+    for group in (1, 2, 4, 8, 16, 32, 64):
+        line(f"G = {group}, 48 tokens", Sampling(group, 48, key=(3,)), 1)
+    for tokens in (64, 128, 256, 512, 1024):
+        line(f"length {tokens}, G = 8", Sampling(8, tokens, key=(3,)), 1)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--quick", action="store_true")
+    quick = arguments.parse_args().quick
+    print(f"{where()}\n\ntokens/s, peak MiB above the loaded model; last column ours over generate\n")
+    for name, kind in list(KINDS.items())[: 1 if quick else 3]:
+        policy = policy_for(**kind)
+        sample_all(policy, [policy.encode("Hello")], Sampling(8, 8))  # warm up
+        cells = (
+            [(1, False), (4, False)]
+            if quick
+            else [(1, False), (4, False), (16, False), (1, True), (4, True), (16, True)]
+        )
+        table(name, policy, kind, cells if name != "nf4" else [(c, long) for c, long in cells if c < 16])
+        if not quick and name != "nf4":
+            print()
+            near_the_limit(name, policy)
+            print()
+    if not quick:
+        growth(policy_for())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
