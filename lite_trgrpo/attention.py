@@ -65,7 +65,9 @@ class Packed:
             self._keep.keep(layer, k[0], v[0])
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             # What attention would keep for backward is the prompt's keys once for each answer: rather repeat it.
-            found: Tensor = checkpoint(self._attend, q, k, v, scaling, window, use_reentrant=False)
+            found: Tensor = checkpoint(
+                self._attend, q, k, v, scaling, window, use_reentrant=False, preserve_rng_state=False
+            )
             return found
         return self._attend(q, k, v, scaling, window)
 

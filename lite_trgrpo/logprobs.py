@@ -23,7 +23,7 @@ def selected_logprobs(
     `head` maps [n, H] to logits [n, V] and holds no trainable weight. The entropy (nats) carries no gradient.
     """
     parts = [
-        checkpoint(_chunk_logprobs, part, part_ids, head, temperature, use_reentrant=False)
+        checkpoint(_chunk_logprobs, part, part_ids, head, temperature, use_reentrant=False, preserve_rng_state=False)
         for part, part_ids in zip(hidden.split(chunk), ids.split(chunk), strict=True)
     ]
     if not parts:

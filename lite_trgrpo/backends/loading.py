@@ -38,9 +38,7 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
         config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{located.folder} is no model that transformers knows: {error}") from None
-    for name in vars(config):  # any dropout would make the ratio differ from 1 before the first update
-        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
+    no_dropout(config)
     quantization = None
     if options.quantization == "nf4":
         quantization = BitsAndBytesConfig(
@@ -60,6 +58,13 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
     return model
 
 
+def no_dropout(config: Any) -> None:
+    """Any dropout would make the ratio differ from 1 before the first update."""
+    for name in vars(config):
+        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+
+
 def keep_gradients_on_cpu(model: nn.Module) -> None:
     """Clear the flag under which bitsandbytes loses gradients on CPU.
 
@@ -74,7 +79,7 @@ def keep_gradients_on_cpu(model: nn.Module) -> None:
 
 
 def with_lora(base: Any, options: Model, located: Located) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel
     from safetensors import SafetensorError
 
     if options.adapter is not None:
@@ -94,15 +99,8 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
                 "names the base it was made for"
             ) from None
     else:
-        every_layer = options.lora_targets == ["all-linear"]
-        lora = LoraConfig(
-            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-            target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
-        )  # fmt: skip
-        try:
-            model = get_peft_model(base, lora)
-        except ValueError as error:
-            raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
+        model = add_lora(base, options)
+    master_weights(model)
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
     head = model.get_base_model().get_output_embeddings()
@@ -111,7 +109,27 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
             module.p = 0.0
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # bf16 master weights would lose updates of 1e-5
-            parameter.data = parameter.data.float()
     return model
+
+
+def add_lora(base: Any, options: Model) -> Any:
+    """A fresh adapter: B = 0, so the policy starts as its base."""
+    from peft import LoraConfig, get_peft_model
+
+    every_layer = options.lora_targets == ["all-linear"]
+    lora = LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
+        target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        model = get_peft_model(base, lora)
+    except ValueError as error:
+        raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
+    return model
+
+
+def master_weights(model: nn.Module) -> None:
+    """The adapter in fp32: bf16 weights would lose updates of 1e-5."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -28,7 +28,7 @@ class Network:
         self.by_groups = True
         """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         attend_by_groups(base)
 
     @property

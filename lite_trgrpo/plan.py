@@ -1,0 +1,197 @@
+"""The memory a run will take, found before any weight is loaded.
+
+Nothing here is a formula for activations: the model is built without data (torch's FakeTensorMode), and the code that a
+run would use reads prompts, decodes and takes gradients on it, while the bytes of all tensors alive are counted. So the
+plan follows the code, for any architecture. What it cannot see: buffers inside kernels, and the allocator's leftovers.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lite_trgrpo.attention import Packed
+from lite_trgrpo.backends.loading import add_lora, master_weights, no_dropout
+from lite_trgrpo.backends.network import Network
+from lite_trgrpo.options import Config
+from lite_trgrpo.packing import by_prompt
+from lite_trgrpo.records import Sampling
+from lite_trgrpo.rollout.cache import GroupCache
+from lite_trgrpo.rollout.engine import READ_AT_ONCE, line_count, slot_count
+from lite_trgrpo.rollout.sampling import draw
+
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # of a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 scales
+STATE_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 0.0}  # of Adam for a weight, on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes by part. Rollout and update follow each other, so the larger of the two counts."""
+
+    weights: int
+    adapter: int
+    """LoRA weights, their gradients and the optimizer's state."""
+    cache: int
+    """Keys and values of `slots` answers and their prompts."""
+    rollout: int
+    """What else sampling holds at its worst moment."""
+    update: int
+    """What forward and backward of the largest micro-batch hold at their worst moment: activations, logits."""
+    slots: int
+    """Answers decoded side by side."""
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.adapter + max(self.cache + self.rollout, self.update)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations create, while they are alive; real ones or fake ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.add, out)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    @contextmanager
+    def above(self, found: dict[str, int], name: str) -> Iterator[None]:
+        """Put the block's peak above what was alive before it into `found`."""
+        before = self.peak = self.live
+        yield
+        found[name] = self.peak - before
+
+
+def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, group_count: int) -> Plan:
+    """`model_config`: the base's, of transformers; `prompt_tokens`: of the longest prompt; `group_count`: P."""
+    found: dict[str, int] = {}
+    model = _model(config, model_config, dtype)
+    with FakeTensorMode(), LiveBytes() as memory:
+        _without_data(model)
+        network = Network(model, 0, config.train.gradient_checkpointing)
+        for tensor in (*network.model.parameters(), *network.model.buffers()):
+            memory.add(tensor)
+        frozen = sum(_bytes(name, p, config) for name, p in network.model.named_parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in network.trainable().values())
+        sampling = _sampling(config)
+        prompts = [[0] * prompt_tokens] * group_count
+        slots = slot_count(prompts, sampling, network.token_bytes)
+        cache = GroupCache(
+            slots, line_count(slots, group_count, sampling.members), sampling.max_new_tokens, prompt_tokens
+        )
+        with memory.above(found, "rollout"):
+            _sample(network, cache, slots, sampling, prompt_tokens)
+        kept = sum(tensor.nbytes for pair in (*cache.rows, *cache.lines) for tensor in pair)
+        del cache
+        with memory.above(found, "update"):
+            _teach(network, config, prompt_tokens, group_count)
+        transient = _largest_quantised(network.model, config)
+    return Plan(
+        weights=int(frozen),
+        adapter=int(trained * (4 + 4 + STATE_BYTES[config.train.optimizer])),
+        cache=kept,
+        rollout=found["rollout"] - kept + transient,
+        update=found["update"] - 4 * trained + transient,  # the gradients are counted with the adapter
+        slots=slots,
+    )
+
+
+def _model(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    no_dropout(model_config)
+    with torch.device("meta"):
+        model = add_lora(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config.model)
+    master_weights(model)
+    return model
+
+
+def _without_data(model: nn.Module) -> None:
+    """Under FakeTensorMode: every parameter and buffer as one on the CPU that holds nothing; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    kind = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if kind else empty
+                if tensor is not None:
+                    store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _sampling(config: Config) -> Sampling:
+    mib = 2048 if config.rollout.cache_mib is None else config.rollout.cache_mib
+    return Sampling(
+        config.rollout.group_size,
+        config.rollout.max_new_tokens,
+        max_rows=config.rollout.max_rows,
+        cache_bytes=mib * 2**20,
+    )
+
+
+@torch.no_grad()
+def _sample(network: Network, cache: GroupCache, slots: int, sampling: Sampling, prompt_tokens: int) -> None:
+    """Read as many prompts as are read at once, then one step with every slot at its last token."""
+    network.model.eval()
+    lines = cache.size[1]
+    at_once = max(1, min(lines, READ_AT_ONCE // prompt_tokens))
+    cache.read_into([(line, prompt_tokens) for line in range(at_once)])
+    groups = Packed([(prompt_tokens, ())] * at_once, network.device, keep=cache)
+    ids = torch.zeros(1, at_once * prompt_tokens, dtype=torch.long)
+    network.hidden(ids, groups.positions, groups)
+    cache.arrange(
+        [min(row // sampling.members, lines - 1) for row in range(slots)],
+        [prompt_tokens] * slots, [sampling.max_new_tokens - 1] * slots, network.device,
+    )  # fmt: skip
+    ids = torch.zeros(slots, 1, dtype=torch.long)
+    logits = network.logits(network.hidden(ids, ids, cache)[:, 0])
+    draw(logits, torch.zeros(slots, dtype=torch.float64), temperature=1.0)
+
+
+def _teach(network: Network, config: Config, prompt_tokens: int, group_count: int) -> None:
+    """Forward and backward of the largest micro-batch that the options allow."""
+    tokens = config.rollout.max_new_tokens
+    rows = [((p,) * prompt_tokens, (0,) * tokens) for p in range(group_count) for _ in range(config.rollout.group_size)]
+    batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
+    logprobs, _ = network.logprobs(batch, config.rollout.temperature)
+    logprobs.sum().backward()
+
+
+def _bytes(name: str, parameter: nn.Parameter, config: Config) -> float:
+    quantised = config.model.quantization == "nf4" and ".base_layer." in name and parameter.ndim == 2
+    return parameter.numel() * (NF4_BYTES if quantised else parameter.dtype.itemsize)
+
+
+def _largest_quantised(model: nn.Module, config: Config) -> int:
+    """A 4-bit layer is unpacked while it is used: its weight in the compute type."""
+    if config.model.quantization != "nf4":
+        return 0
+    return max(p.nbytes for name, p in model.named_parameters() if ".base_layer." in name)
