@@ -20,6 +20,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "__init__": ("", ""),
     "errors": ("", ""),
     "records": ("", ""),
+    "disk": ("", ""),
+    "lock": ("errors", ""),
+    "stopping": ("errors", ""),
     "objective": ("", "torch"),
     "logprobs": ("", "torch"),
     "tokenstats": ("", "torch"),
@@ -48,21 +51,27 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "weighting": ("objective options", "torch"),
     "update": ("objective options packing policy records tokenstats weighting", "torch"),
-    "checkpoint": ("errors", "safetensors torch"),
-    "run": ("config errors options records", ""),
+    "optimizer": ("options", "bitsandbytes torch"),
+    "checkpoint": ("disk errors", "safetensors torch"),
+    "run": ("config disk errors options records", ""),
     "evaluate": ("packing policy records rewards", "torch"),
+    "metrics": ("records", "psutil torch"),
+    "guards": ("options", ""),
+    "job": ("options policy records rewards run stopping", "torch"),
+    "recovery": ("checkpoint guards job", ""),
     "trainer": (
-        "checkpoint data errors evaluate options policy records rewards run update", "bitsandbytes psutil torch"
+        "checkpoint data errors evaluate guards job metrics optimizer options policy records recovery rewards run "
+        "stopping update", ""
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.transformers checkpoint data diagnose errors evaluate options records rewards run screen "
-        "trainer update", ""
+        "__init__ backends.transformers checkpoint data diagnose errors evaluate job lock options records rewards run "
+        "screen stopping trainer update", ""
     ),
-    "compare": ("checkpoint config errors evaluate options run screen session", ""),
-    "cli": ("__init__ compare config errors figures run screen session", "typer"),
+    "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
+    "cli": ("__init__ compare config errors figures run screen session stopping", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
@@ -154,7 +163,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.transformers"}),
         ("transformers", {"backends.transformers", "backends.weights"}),
-        ("bitsandbytes", {"backends.transformers", "trainer"}),
+        ("bitsandbytes", {"backends.transformers", "optimizer"}),
     ],
 )
 def test_a_library_has_its_place(library, modules):
