@@ -8,10 +8,10 @@ Sampling, data order and schedule are functions of (seed, step): there is no ran
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lite_trgrpo.disk import sync
 from lite_trgrpo.errors import RunError
 
 STATE = "state.json"
@@ -45,13 +46,15 @@ def save(
         content = {**state, "step": step, "optimizer": {"kind": kind, "state": scalars}, "files": files}
         content["sha256"] = _digest(content)
         (part / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for path in part.iterdir():
-            _sync(path)
-        final = folder / f"step-{step:06d}"
+        for path in (*part.iterdir(), part):
+            sync(path)
+        final = at_step(folder, step)
+        old = part.with_name(f"{part.name}-old")
         if final.exists():  # left by a run that was set back behind it
-            shutil.rmtree(final)
+            final.replace(old)
         part.replace(final)
-        _sync(folder)
+        sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write a checkpoint into {folder}: {error}; the ones before are intact") from None
     finally:
@@ -60,15 +63,48 @@ def save(
     return final
 
 
+def at_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, or would be."""
+    return folder / f"step-{step:06d}"
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None. Torn ones are passed over."""
-    found = sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
+    """The newest whole checkpoint, or None. Torn ones are passed over: see `torn`."""
+    return next((path for path in _newest_first(folder) if is_whole(path)), None)
+
+
+def torn(folder: Path) -> list[Path]:
+    """The damaged ones that `newest` passes over."""
+    return list(takewhile(lambda path: not is_whole(path), _newest_first(folder)))
+
+
+def prune(folder: Path, step: int, keep: int, also: Collection[int]) -> None:
+    """Leave the newest `keep` up to `step`, and those of the steps `also`; what a killed save left behind goes too."""
+    past = [path for path in _newest_first(folder) if _number(path) <= step]
+    kept = {*past[:keep], *(at_step(folder, other) for other in also)}
+    for path in (*_newest_first(folder), *folder.glob(".part-*")):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def save_adapter(write: Callable[[Path], None], folder: Path) -> None:
+    """A policy's `save_adapter` made durable, its failures told as ours."""
+    try:
+        write(folder)
+        for path in (*folder.iterdir(), folder, folder.parent):
+            sync(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write the adapter into {folder}: {error}; the checkpoints are intact") from None
 
 
 def steps_done(path: Path) -> int:
     """Of a whole checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a whole checkpoint says that its run had come to its end, adapter and scores included."""
+    return json.loads((path / STATE).read_text(encoding="utf-8")).get("complete", False)
 
 
 def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -122,7 +158,16 @@ def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) 
     return state
 
 
-def _is_whole(path: Path) -> bool:
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdecimal()), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file is the one that was written."""
     try:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
@@ -139,14 +184,3 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _fingerprint(path: Path) -> list[Any]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _sync(path: Path) -> None:
-    """Make sure it is on the disk. Windows cannot open a folder, and does not need to."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

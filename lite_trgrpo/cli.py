@@ -12,6 +12,7 @@ import typer
 
 from lite_trgrpo import __version__
 from lite_trgrpo.errors import LiteError
+from lite_trgrpo.stopping import Stop, Stopped, next_time
 
 app = typer.Typer(
     name="lite-trgrpo",
@@ -40,7 +41,7 @@ AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Known failures end with their message and exit code 1, Ctrl-C with 130."""
+    """Known failures end with their message and exit code 1, Ctrl-C with 130, a run that stops with its own."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -49,6 +50,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except LiteError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -76,7 +80,12 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or with the newest unfinished one")] = False,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run's folder")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours, resumably")] = None,
+    stop_at: Annotated[
+        str | None, typer.Option("--stop-at", metavar="HH:MM", help="Stop at this time of day, resumably")
+    ] = None,
 ) -> None:
     """Train a LoRA adapter.
 
@@ -84,22 +93,41 @@ def train(
     """
     from lite_trgrpo import config as options
 
-    if resume is not None:
-        if preset or config or set_ or output or objective or seed is not None:
-            raise typer.BadParameter("--resume takes its options from the run; only --steps may be changed")
-        from lite_trgrpo.run import Run
-
-        config = Run.existing(resume).folder / "config.toml"
-    resolved = options.load(preset, config, set_, {"train.steps": steps, "train.seed": seed}, objective)
+    if max_hours is not None and not max_hours > 0:
+        raise typer.BadParameter(f"--max-hours {max_hours:g} must be above 0")
+    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at else None)
+    named = {"train.steps": steps, "train.seed": seed}
+    if resume:
+        if preset or config or output or objective:
+            raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
+        run = _run_to_resume(run)
+        resolved, changed = options.resumed(run, set_, named)
+        for line in changed:
+            print(f"changed: {line}", file=sys.stderr)
+    elif run:
+        raise typer.BadParameter(f"'{run}' stands alone: type --preset {run}, or --resume {run} to go on with a run")
+    else:
+        resolved = options.load(preset, config, set_, named, objective)
     if dry_run:
         print(options.to_toml(resolved), end="")
         return
     from lite_trgrpo import screen, session
 
     name = preset or (config.stem if config else "run")
-    run = session.train(resolved, output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}", resume)
-    if len(evaluations := run.evaluations()) > 1:
+    output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if len(evaluations := session.train(resolved, output, run, stop).evaluations()) > 1:
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
+
+
+def _run_to_resume(run: Path | None) -> Path:
+    from lite_trgrpo.run import Run
+
+    if run is None:
+        from lite_trgrpo import session
+
+        run = session.newest_unfinished(Path("runs"))
+        print(f"going on with {run}", file=sys.stderr)
+    return Run.existing(run).folder
 
 
 @app.command(name="eval")

@@ -8,13 +8,14 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from lite_trgrpo import session
-from lite_trgrpo.checkpoint import newest
+from lite_trgrpo.checkpoint import is_complete, newest
 from lite_trgrpo.config import load
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import paired_gain
 from lite_trgrpo.options import Config
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
+from lite_trgrpo.stopping import Stop
 
 LAST = 10  # steps over which a final entropy is averaged
 Arms = Mapping[tuple[str, int], Config]
@@ -31,11 +32,11 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
         talk.print(f"== {name}, seed {seed}")
         if (run.folder / "kl.json").exists():
             continue
-        if not run.adapter.exists():
-            resume = newest(run.checkpoints)
-            if resume is None:  # nothing worth keeping yet
+        found = newest(run.checkpoints)
+        if found is None or not is_complete(found):
+            if found is None:  # nothing worth keeping yet
                 shutil.rmtree(run.folder, ignore_errors=True)
-            session.train(config, run.folder, run.folder if resume else None)
+            session.train(config, run.folder, run.folder if found else None, Stop())
         trained = config.model.model_copy(update={"adapter": str(run.adapter)})
         kl = session.kl_to_base(config.model_copy(update={"model": trained}))
         (run.folder / "kl.json").write_text(json.dumps({"kl_to_base": kl}), encoding="utf-8")
@@ -78,7 +79,7 @@ def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[st
     metrics = [run.metrics() for run in runs]
     solved = [row["solved"] for found in evaluations for row in found[-1]["rows"]]
     others = [row["solved"] for run in baseline for row in run.evaluations()[-1]["rows"]]
-    norms = [[step["grad_norm"] for step in steps if step["grad_norm"] > 0] for steps in metrics]
+    norms = [[step["grad_norm"] for step in steps if (step["grad_norm"] or 0) > 0] for steps in metrics]
     entropies = [step["entropy"] for steps in metrics for step in steps[-LAST:] if "entropy" in step]
     weights = [step["weight_mean"] for steps in metrics for step in steps if "weight_mean" in step]
     return {

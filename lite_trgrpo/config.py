@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from lite_trgrpo.errors import ConfigError
-from lite_trgrpo.options import SECTIONS, Config, Rewards
+from lite_trgrpo.options import MAY_CHANGE, SECTIONS, Config, Rewards
 
 Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validated
 
@@ -122,6 +122,25 @@ def load(
             section, key = name.split(".")
             merged.setdefault(section, {})[key] = value
     return validate(merged)
+
+
+def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The options of the run in `folder` with what is given over them -> options, and what changed, for the person."""
+    file = folder / "config.toml"
+    before, after = load(file=file), load(None, file, overrides, named)
+    was, now = before.model_dump(), after.model_dump()
+    changed = {
+        f"{section}.{key}": f"{section}.{key}: {old!r} -> {now[section][key]!r}"
+        for section, values in was.items()
+        for key, old in values.items()
+        if old != now[section][key]
+    }
+    if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
+        raise ConfigError(
+            f"{'; '.join(refused)}: a run keeps this to its end. Start a new one from its adapter with "
+            f"--set 'model.adapter=\"{folder / 'adapter'}\"'. What may change: {', '.join(sorted(MAY_CHANGE))}"
+        )
+    return after, list(changed.values())
 
 
 def _lay_over(merged: Settings, path: Path) -> None:

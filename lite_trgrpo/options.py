@@ -221,7 +221,9 @@ class Train(Section):
         description="Tokens of one forward and backward, a shared prompt counted once; never changes the result",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
-    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: not by number of steps")
+    checkpoint_minutes: float = Field(10, ge=0, description="Minutes after which there is one anyway; 0: never")
+    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay, beside the one to fall back on")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 
 
@@ -239,6 +241,23 @@ class Eval(Section):
     )
 
 
+class Guards(Section):
+    """When a run is in trouble. A step that is beyond a limit is a yellow light, `window` in a row are a red one."""
+
+    rollbacks: int = Field(
+        0,
+        ge=0,
+        description="How often a red light takes the run back to its last good checkpoint, at half the learning rate; "
+        "then it ends. 0: lights only",
+    )
+    window: int = Field(5, ge=2, description="Steps in a row that turn a yellow light red")
+    entropy: float = Field(0.01, ge=0, description="Below it answers hardly vary: collapse, unless solved (nats)")
+    grad_norm: float = Field(10.0, gt=0, description="Above it the gradient has blown up (before clipping)")
+    kl: float = Field(2.0, gt=0, description="Above it the policy has left its base (with objective.beta > 0; nats)")
+    truncated: float = Field(0.95, gt=0, le=1, description="From this share on all answers count as cut off")
+    length: float = Field(0.9, gt=0, le=1, description="Mean length that runs to the cap, as a share of the cap")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -249,9 +268,15 @@ class Config(Section):
     objective: Objective = Objective()
     train: Train = Train()
     eval: Eval = Eval()
+    guards: Guards = Guards()
 
 
 SECTIONS: dict[str, type[Section]] = {
     "model": Model, "data": Data, "rewards": Rewards, "rollout": Rollout,
-    "objective": Objective, "train": Train, "eval": Eval,
+    "objective": Objective, "train": Train, "eval": Eval, "guards": Guards,
 }  # fmt: skip
+
+# What a resumed run may change: how long, how often, how much at once. All else decides what its steps are.
+MAY_CHANGE = {"train.steps", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"}
+MAY_CHANGE |= {"train.micro_batch_tokens", "train.gradient_checkpointing", "rollout.max_rows", "eval.every"}
+MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}

@@ -6,34 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from lite_trgrpo.config import to_toml
+from lite_trgrpo.disk import sync, write_whole
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Config
 from lite_trgrpo.records import Group
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
+AFTERWARDS = "checkpoints made before are intact: mend that, then go on with `lite-trgrpo train --resume`"
 
 
 class Run:
-    """`config.toml`, `run.json`, the three logs, `checkpoints/`, `adapter/`."""
+    """`config.toml`, `run.json`, the three logs, `checkpoints/`, `adapter/`, `best/`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.adapter = folder / "adapter"
+        self.best = folder / "best"
 
     @classmethod
-    def create(cls, folder: Path, config: Config) -> "Run":
-        """A new run. A folder that already holds one is refused."""
+    def vacant(cls, folder: Path) -> "Run":
+        """A run that is not there yet. A folder that already holds one is refused."""
         if (folder / "config.toml").exists():
             raise RunError(
                 f"{folder} already holds a run. Continue it with `lite-trgrpo train --resume {folder}`, or give "
                 "--output another folder"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write into {folder}: {error.strerror}; give --output another folder") from None
         return cls(folder)
 
     @classmethod
@@ -42,10 +40,27 @@ class Run:
             raise RunError(f"{folder} holds no run (no config.toml); look for one with: ls runs")
         return cls(folder)
 
+    def create(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write into {self.folder}: {error.strerror}; give --output another folder") from None
+
     def describe(self, config: Config, facts: Mapping[str, Any]) -> None:
         """`config.toml` and `run.json`: the options, and what was resolved from them (revision, versions, counts)."""
-        (self.folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        (self.folder / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        try:
+            write_whole(self.folder / "run.json", json.dumps(facts, indent=1))
+            write_whole(self.folder / "config.toml", to_toml(config))
+        except OSError as error:
+            raise RunError(f"cannot write into {self.folder}: {error.strerror}; {AFTERWARDS}") from None
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says; nothing where it is missing or broken."""
+        try:
+            found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def log_step(self, metrics: Mapping[str, Any], groups: Sequence[Group]) -> None:
         """One line of metrics.jsonl; one line of rollouts.jsonl for each group."""
@@ -57,13 +72,30 @@ class Run:
         self._append("eval.jsonl", [line])
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each log now; a checkpoint keeps them, so that a resumed run writes no step twice."""
-        return {name: path.stat().st_size for name in LOGS if (path := self.folder / name).exists()}
-
-    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        """Bytes in each log now, on the disk; a checkpoint keeps them, so that a resumed run writes no step twice."""
+        found = {}
         for name in LOGS:
             path = self.folder / name
-            if path.exists():
+            try:
+                if path.exists():
+                    sync(path)
+                    found[name] = path.stat().st_size
+            except OSError as error:
+                raise RunError(f"cannot write {path}: {error.strerror}; {AFTERWARDS}") from None
+        return found
+
+    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        """Set the logs back to a checkpoint's `offsets`. Refused where a log has lost what the checkpoint counts on."""
+        for name in LOGS:
+            path = self.folder / name
+            size = path.stat().st_size if path.exists() else 0
+            if size < offsets.get(name, 0):
+                raise RunError(
+                    f"{path} has {size} bytes, but its checkpoint was made with {offsets[name]}: it was cut or "
+                    "replaced. Put it back, or start again with another --output"
+                )
+        for name in LOGS:
+            if (path := self.folder / name).exists():
                 with path.open("r+b") as file:
                     file.truncate(offsets.get(name, 0))
 
@@ -75,14 +107,17 @@ class Run:
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {path}: {error}. Put it back, or start again with another --output") from None
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         try:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
         except OSError as error:
-            raise RunError(f"cannot write {self.folder / name}: {error.strerror}") from None
+            raise RunError(f"cannot write {self.folder / name}: {error.strerror}; {AFTERWARDS}") from None
 
 
 def _rollout_line(group: Group) -> dict[str, Any]:

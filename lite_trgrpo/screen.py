@@ -1,8 +1,10 @@
 """What the person sees while a run works. Talk goes to stderr: stdout is for data."""
 
+import io
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console
@@ -10,7 +12,31 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rich.table import Table
 from rich.text import Text
 
-talk = Console(stderr=True, highlight=False)
+
+class _Stderr(io.TextIOBase):
+    """sys.stderr as it is at the moment. A terminal that was closed is talked to in vain, not a reason to stop."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # io.TextIOBase has a plain attribute here
+        return sys.stderr.encoding
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
+talk = Console(file=cast(IO[str], _Stderr()), highlight=False)
 
 
 def plain(text: str) -> str:

@@ -1,8 +1,11 @@
 """What a command does once its options are known: load everything, check it, run it, show it."""
 
+import hashlib
+import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.job import Encoded, Listener
+from lite_trgrpo.lock import locked
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
+from lite_trgrpo.stopping import Stop, Stopped
 from lite_trgrpo.update import prepare_rows
 
 if TYPE_CHECKING:
@@ -24,49 +30,127 @@ if TYPE_CHECKING:
 CHATTING = 2  # stream of random numbers, beside the trainer's
 
 
-def train(config: Config, output: Path, resume: Path | None) -> Run:
-    """A whole run: everything that can fail is loaded before the folder is written."""
-    found = None
-    if resume is not None:
-        found = checkpoint.newest(Run.existing(resume).checkpoints)
-        if found is None:
-            raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
-        if (done := checkpoint.steps_done(found)) >= config.train.steps:
-            raise RunError(f"{resume} has done {done} steps of {config.train.steps}; type --steps with a larger number")
-    scoring = scoring_of(config)
-    examples, heldout_examples = data.load(config.data, config.eval.rows)
-    policy = _policy(config)
-    training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
-    heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
-    if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
-        pinned = config.model.model_copy(update={"revision": policy.located.revision})
-        config = config.model_copy(update={"model": pinned})
-    config = _with_cache(config, policy)
-    run = Run.create(output, config) if resume is None else Run(resume)
-    run.describe(config, _facts(policy, len(training), len(heldout), too_long + heldout_too_long))
+def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
+    """A whole run: everything that can fail is loaded before a new folder is written.
+
+    Raises Stopped where it ends before its last step, with the words that say how to go on.
+    """
+    with ExitStack() as held:
+        found = None
+        if resume is None:
+            run = Run.vacant(output)
+        else:
+            run = Run.existing(resume)
+            held.enter_context(locked(run.folder))
+            found = _checkpoint_of(run, config.train.steps)
+        scoring = scoring_of(config)
+        examples, heldout_examples = data.load(config.data, config.eval.rows)
+        policy = _policy(config)
+        training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+        heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
+        if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
+            pinned = config.model.model_copy(update={"revision": policy.located.revision})
+            config = config.model_copy(update={"model": pinned})
+        config = _with_cache(config, policy)
+        facts = _facts(policy, training, heldout, too_long + heldout_too_long)
+        if resume is None:
+            run.create()
+            held.enter_context(locked(run.folder))
+            Run.vacant(output)  # another may have taken it meanwhile
+        else:
+            _compare_facts(run, facts)
+        run.describe(config, facts)
+        _introduce(config, policy, training, facts["prompts"], run)
+        with screen.progress(config.train.steps) as on_step, stop:
+            try:
+                trainer.train(
+                    config, policy, training, heldout, scoring, run, _listener(config, on_step), stop, resume=found
+                )
+            except Stopped as stopped:
+                raise Stopped(
+                    f"stopped by {stopped}, everything saved. Go on with: lite-trgrpo train --resume {_quoted(run)}",
+                    stopped.code,
+                ) from None
+    talk.print(f"adapter in {run.adapter}", markup=False, soft_wrap=True)
+    return run
+
+
+def newest_unfinished(folder: Path) -> Path:
+    """The run that was written last among those in `folder` that are not complete."""
+    runs = [path.parent for path in folder.glob("*/config.toml")]
+    written = {run: max(path.stat().st_mtime for path in run.iterdir()) for run in runs}
+    for run in sorted(runs, key=lambda run: written[run], reverse=True):
+        found = checkpoint.newest(run / "checkpoints")
+        if found is None or not checkpoint.is_complete(found):
+            return run
+    raise RunError(
+        f"no unfinished run in {folder.absolute()}; a finished one goes on with --resume RUN and a larger --steps"
+    )
+
+
+def _checkpoint_of(run: Run, steps: int) -> Path | None:
+    """Where a run goes on; None if it was ended before its first checkpoint. A complete run is refused."""
+    for path in checkpoint.torn(run.checkpoints):
+        talk.print(f"{path} is damaged and was passed over", markup=False, soft_wrap=True)
+    found = checkpoint.newest(run.checkpoints)
+    if found is None and any(run.checkpoints.glob("step-*")):
+        raise RunError(f"{run.folder} has no whole checkpoint to continue from; start again with another --output")
+    if found is not None:
+        done = checkpoint.steps_done(found)
+        if done > steps or (done == steps and checkpoint.is_complete(found)):
+            raise RunError(f"{run.folder} has done {done} steps of {steps}; type --steps with a larger number")
+    talk.print(f"going on after step {0 if found is None else done} of {steps}")
+    return found
+
+
+def _compare_facts(run: Run, facts: Mapping[str, Any]) -> None:
+    """A resumed run needs the same rows; other versions or another machine only cost the last bits."""
+    before = run.facts()
+    if before.get("prompts", facts["prompts"]) != facts["prompts"]:
+        raise RunError(
+            f"the rows are no longer those that {run.folder} was started with ({before['prompts']} then, "
+            f"{facts['prompts']} now): put the data back, or start again with another --output"
+        )
+    for key in ("revision", "device", "dtype", "versions"):
+        if before.get(key, facts[key]) != facts[key]:
+            talk.print(
+                f"warning: {key} was {before[key]}, now it is {facts[key]}: the run goes on, but not bit for bit",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _introduce(
+    config: Config, policy: "TransformersPolicy", training: Encoded, prompts: Mapping[str, Any], run: Run
+) -> None:
     if policy.device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
         talk.print("warning: there is an NVIDIA card, but this torch cannot use it, so the CPU is used; install a CUDA "
                    "build (pytorch.org/get-started), or say --set model.device=cpu if that is meant")  # fmt: skip
     talk.print(
         f"{config.model.name} on {policy.device}, {sum(p.numel() for p in policy.trainable().values()):,} trainable "
-        f"weights; {len(training)} prompts, {len(heldout)} held out, {too_long + heldout_too_long} too long and left "
-        f"out\nrun folder {run.folder}\nthe first prompt as the model reads it:",
+        f"weights; {prompts['training']} prompts, {prompts['heldout']} held out, {prompts['too_long']} too long and "
+        f"left out\nrun folder {run.folder}\nthe first prompt as the model reads it:",
         markup=False,
         soft_wrap=True,
     )
     talk.print(screen.plain(training[0][1].text), style="dim", markup=False)
-    with screen.progress(config.train.steps) as on_step:
 
-        def stepped(metrics: Mapping[str, Any]) -> None:
-            on_step(metrics)
-            _warn_of_gap(config, metrics)
 
-        listener = trainer.Listener(
-            stepped, lambda line: talk.print(screen.eval_line(line), markup=False, soft_wrap=True)
-        )
-        trainer.train(config, policy, training, heldout, scoring, run, listener, resume=found)
-    talk.print(f"adapter in {run.adapter}", markup=False, soft_wrap=True)
-    return run
+def _listener(config: Config, on_step: Callable[[Mapping[str, Any]], None]) -> Listener:
+    def stepped(metrics: Mapping[str, Any]) -> None:
+        on_step(metrics)
+        _warn_of_gap(config, metrics)
+
+    return Listener(
+        stepped,
+        lambda line: talk.print(screen.eval_line(line), markup=False, soft_wrap=True),
+        lambda text: talk.print(text, markup=False, soft_wrap=True),
+    )
+
+
+def _quoted(run: Run) -> str:
+    folder = str(run.folder)
+    return f'"{folder}"' if " " in folder else folder
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -168,16 +252,22 @@ def _with_cache(config: Config, policy: "TransformersPolicy") -> Config:
     return config.model_copy(update={"rollout": rollout})
 
 
-def _facts(policy: "TransformersPolicy", training: int, heldout: int, too_long: int) -> dict[str, Any]:
+def _facts(policy: "TransformersPolicy", training: Encoded, heldout: Encoded, too_long: int) -> dict[str, Any]:
     """What was resolved at the start and cannot be read from config.toml."""
     packages = ("torch", "transformers", "peft", "bitsandbytes")
+    rows = json.dumps([[e.prompt, dict(e.columns)] for e, _ in (*training, *heldout)], default=str, sort_keys=True)
     return {
         "base": policy.located.upstream,
         "revision": policy.located.revision,
         "device": str(policy.device),
         "dtype": str(policy.dtype),
         "end_ids": sorted(policy.end_ids),
-        "prompts": {"training": training, "heldout": heldout, "too_long": too_long},
+        "prompts": {
+            "training": len(training),
+            "heldout": len(heldout),
+            "too_long": too_long,
+            "sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        },
         "versions": {"lite-trgrpo": __version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -2,41 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, pstdev, pvariance
+from statistics import pvariance
 from typing import Any
 
-import psutil
-import torch
-from torch import nn
-
-from lite_trgrpo import checkpoint
+from lite_trgrpo import checkpoint, guards, recovery
 from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
-from lite_trgrpo.options import Config, Train
+from lite_trgrpo.job import Encoded, Job, Listener, Metrics
+from lite_trgrpo.metrics import finite, has_signal, memory, of_rollout, timed
+from lite_trgrpo.optimizer import learning_rate_at, make_optimizer
+from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy, sample_all
-from lite_trgrpo.records import Example, Group, Prompt, Sampling
+from lite_trgrpo.records import Example, Group, Sampling
+from lite_trgrpo.recovery import score_of
 from lite_trgrpo.rewards import Reward, score
 from lite_trgrpo.run import Run
+from lite_trgrpo.stopping import Stop, Stopped
 from lite_trgrpo.update import prepare_rows, update
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 NORM_WINDOW = 20  # steps over which the running variance of the gradient norm is taken
-
-Encoded = list[tuple[Example, Prompt]]
-Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """What the person sees; the trainer itself prints nothing."""
-
-    step: Callable[[Metrics], None]
-    evaluated: Callable[[Metrics], None]
 
 
 def encode(policy: Policy, examples: Sequence[Example], max_prompt_tokens: int) -> tuple[Encoded, int]:
@@ -59,72 +47,86 @@ def train(
     rewards: Sequence[Reward],
     run: Run,
     listener: Listener,
+    stop: Stop,
     *,
     resume: Path | None = None,
 ) -> None:
-    """Run to `config.train.steps`, from the start or from the checkpoint `resume`."""
-    options = config.train
+    """Run to `config.train.steps`, from the start or from the checkpoint `resume`.
+
+    Raises Stopped when `stop` or the guards end it before: with the state of the last finished step saved, its adapter
+    in the run folder.
+    """
     trainable = policy.trainable()
-    optimizer = make_optimizer(list(trainable.values()), options)
-    start = 0
-    if resume is not None:
-        state = checkpoint.load(resume, trainable, optimizer)
-        start = state["step"]
-        run.cut_back(state["logs"])
+    optimizer = make_optimizer(list(trainable.values()), config.train)
+    job = Job(config, policy, training, heldout, rewards, run, listener, stop, trainable, optimizer)
+    if resume is None:
+        run.cut_back({})  # what a run wrote that was killed before its first checkpoint
     else:
-        _evaluate(config, policy, heldout, rewards, run, listener, step=0)
-    norms = [line["grad_norm"] for line in run.metrics()]
-    for step in range(start, options.steps):
-        metrics, groups = _step(config, policy, optimizer, training, rewards, step)
-        norms.append(metrics["grad_norm"])
-        metrics["grad_norm_variance"] = pvariance(norms[-NORM_WINDOW:])
-        run.log_step(metrics, groups)
-        listener.step(metrics)
-        done = step + 1
-        last = done == options.steps
-        if last or (config.eval.every and done % config.eval.every == 0):
-            _evaluate(config, policy, heldout, rewards, run, listener, step=done)
-        if last or (options.checkpoint_every and done % options.checkpoint_every == 0):
-            checkpoint.save(run.checkpoints, done, trainable, optimizer, {"logs": run.offsets()})
-    policy.save_adapter(run.adapter)
+        state = checkpoint.load(resume, trainable, optimizer)
+        run.cut_back(state["logs"])
+        job.step = job.saved = state["step"]
+    job.history, job.evaluations = run.metrics(), run.evaluations()
+    try:
+        _loop(job)
+    except Stopped:
+        recovery.finish(job, complete=False)
+        raise
+    recovery.finish(job, complete=True)
 
 
-def _step(
-    config: Config,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    training: Encoded,
-    rewards: Sequence[Reward],
-    step: int,
-) -> tuple[Metrics, list[Group]]:
-    """One batch: sample, score, update."""
-    clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
-    learning_rate = learning_rate_at(step, config.train)
-    for parameters in optimizer.param_groups:
+def _loop(job: Job) -> None:
+    """Each turn starts at a boundary: `job.step` steps are done, nothing of the next one is."""
+    config = job.config
+    while True:
+        _evaluate_if_due(job)
+        if job.step == config.train.steps:
+            return
+        recovery.save_if_due(job)
+        clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
+        with job.stop.interruptible():
+            groups, taught = rollout(config, job.policy, job.training, job.rewards, job.step, clock)
+        _learn(job, groups, taught, clock)
+
+
+def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, float]) -> None:
+    """The update, what is logged of it, and what the guards make of it."""
+    config = job.config
+    learning_rate = learning_rate_at(job.step, config.train) * 0.5 ** guards.rollbacks(job.history)
+    for parameters in job.optimizer.param_groups:
         parameters["lr"] = learning_rate
-    groups, taught = rollout(config, policy, training, rewards, step, clock)
-    with _timed(clock, "update_s"):
+    sound = all(math.isfinite(p) for group in taught for c in group.completions for p in c.logprobs)
+    with timed(clock, "update_s"):
         statistics = update(
-            policy,
-            optimizer,
-            prepare_rows(taught, config.objective, config.rollout.max_new_tokens),
+            job.policy,
+            job.optimizer,
+            prepare_rows(taught if sound else [], config.objective, config.rollout.max_new_tokens),
             config.objective,
             temperature=config.rollout.temperature,
             updates=config.train.updates_per_batch,
             token_budget=config.train.micro_batch_tokens,
             max_grad_norm=config.train.max_grad_norm,
         )
+    if not sound:  # as if the loss had come out so
+        statistics["updates_skipped"] = config.train.updates_per_batch
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
     clock["tokens_per_s"] = tokens / clock["rollout_s"]
-    metrics = {
-        "step": step + 1,
-        **_rollout_metrics(groups, config.rewards.solved_at),
-        **statistics,
+    metrics: Metrics = {
+        "step": job.step + 1,
+        **of_rollout(groups, config.rewards.solved_at),
+        **finite(statistics),
         "learning_rate": learning_rate,
         "tokens": tokens,
-        "clock": {**clock, **_memory()},
+        "clock": {**clock, **memory()},
     }
-    return metrics, groups
+    job.history.append(metrics)
+    norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"] is not None]
+    metrics["grad_norm_variance"] = pvariance(norms) if norms else None
+    trouble = recovery.watch(job, metrics)
+    job.run.log_step(metrics, groups)
+    job.step += 1
+    job.listener.step(metrics)
+    if trouble is not None:
+        raise Stopped(trouble, 1)
 
 
 def rollout(
@@ -146,21 +148,16 @@ def rollout(
     for refill in range(1 + config.rollout.top_up_rounds):
         indices = batch(len(training), wanted, config.train.seed, step, refill)[: wanted - len(taught)]
         chosen = [training[i] for i in indices]
-        with _timed(clock, "rollout_s"):
+        with timed(clock, "rollout_s"):
             completions = sample_all(policy, [prompt for _, prompt in chosen], _sampling(config, step, refill))
             groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
-        with _timed(clock, "reward_s"):
+        with timed(clock, "reward_s"):
             groups = score(groups, rewards)
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:
             break
     return every, taught
-
-
-def has_signal(group: Group) -> bool:
-    """Whether its graded answers differ in reward: else every advantage is 0."""
-    return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
 
 
 def _sampling(config: Config, step: int, refill: int) -> Sampling:
@@ -193,93 +190,27 @@ def _engine(config: Config) -> dict[str, Any]:
     return found if config.rollout.cache_mib is None else found | {"cache_bytes": config.rollout.cache_mib * 2**20}
 
 
-def _evaluate(
-    config: Config,
-    policy: Policy,
-    heldout: Encoded,
-    rewards: Sequence[Reward],
-    run: Run,
-    listener: Listener,
-    *,
-    step: int,
-) -> None:
-    if not heldout:
+def _evaluate_if_due(job: Job) -> None:
+    """Before the first step, after the last one, every `eval.every`; not again where a resumed run has it already."""
+    config, step = job.config, job.step
+    due = step in (0, config.train.steps) or (config.eval.every and step % config.eval.every == 0)
+    if not (due and job.heldout) or any(line["step"] == step for line in job.evaluations):
         return
     started = time.perf_counter()
-    result = evaluate(
-        policy, heldout, rewards, eval_sampling(config),
-        samples=config.eval.samples, solved_at=config.rewards.solved_at,
-    )  # fmt: skip
+    with job.stop.interruptible():
+        result = evaluate(
+            job.policy, job.heldout, job.rewards, eval_sampling(config),
+            samples=config.eval.samples, solved_at=config.rewards.solved_at,
+        )  # fmt: skip
     line: Metrics = {"step": step, **result}
-    if earlier := run.evaluations():
-        rows = (earlier[0]["rows"], result["rows"])
+    if job.evaluations:
+        rows = (job.evaluations[0]["rows"], result["rows"])
         line["gain"] = paired_gain(*([row["solved"] for row in found] for found in rows))
         if config.eval.samples > 1:
             line["gain_k"] = paired_gain(*([row["samples_solved"] > 0 for row in found] for found in rows))
     line["clock"] = {"eval_s": time.perf_counter() - started}
-    run.log_eval(line)
-    listener.evaluated(line)
-
-
-def _rollout_metrics(groups: Sequence[Group], solved_at: float) -> Metrics:
-    """Means over this step's completions; ungradable ones are counted apart."""
-    completions = [completion for group in groups for completion in group.completions]
-    rewards = [reward for group in groups for reward in group.rewards if not math.isnan(reward)]
-    first = next(iter(groups[0].parts))
-    parts = {
-        f"reward/{name}": fmean(values)
-        for name in groups[0].parts
-        if (values := [v for group in groups for v in group.parts[name] if not math.isnan(v)])
-    }
-    return {
-        "reward_mean": fmean(rewards) if rewards else None,
-        "reward_std": pstdev(rewards) if rewards else None,
-        **parts,
-        "solved": fmean(v >= solved_at for group in groups for v in group.parts[first]),
-        "groups_with_signal": fmean(has_signal(group) for group in groups),
-        "truncated": fmean(not completion.stopped for completion in completions),
-        "ungradable": len(completions) - len(rewards),
-        "length_mean": fmean(len(completion.ids) for completion in completions),
-        "length_max": max(len(completion.ids) for completion in completions),
-    }
-
-
-def learning_rate_at(step: int, options: Train) -> float:
-    """Linear warm-up over `warmup_steps`, then constant, or linear or cosine decay to 0 after the last step."""
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[options.schedule]
-    return options.learning_rate * factor
-
-
-def make_optimizer(parameters: list[nn.Parameter], options: Train) -> torch.optim.Optimizer:
-    """AdamW over the adapter. LoRA's Adam state is small, so fp32 is the default; 8 bits are an option."""
-    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes.optim as bnb
-
-    kind = {"adamw-8bit": bnb.AdamW8bit, "paged-adamw-8bit": bnb.PagedAdamW8bit}[options.optimizer]
-    return kind(parameters, **settings)
-
-
-@contextmanager
-def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    clock[name] += time.perf_counter() - started
-
-
-def _memory() -> dict[str, float]:
-    """MiB: resident memory of the process now, and the card's peak so far."""
-    memory = {"rss_mib": psutil.Process().memory_info().rss / 2**20}
-    if torch.cuda.is_initialized():
-        memory["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    return memory
+    if config.eval.every and step and all(score_of(line) > score_of(earlier) for earlier in job.evaluations):
+        checkpoint.save_adapter(job.policy.save_adapter, job.run.best)
+    job.run.log_eval(line)
+    job.evaluations.append(line)
+    job.listener.evaluated(line)

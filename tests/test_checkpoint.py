@@ -214,7 +214,7 @@ def test_a_save_that_is_interrupted_leaves_the_ones_before_and_nothing_else(save
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", interrupted)
+    monkeypatch.setattr(checkpoint, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, 3, trainable, optimizer, {})
     assert checkpoint.newest(folder) == folder / "step-000002"

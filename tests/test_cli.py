@@ -1,6 +1,7 @@
 """The command line: exit codes, what goes to stdout and what to stderr, and every command that the docs show."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,9 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from lite_trgrpo import __version__
+from lite_trgrpo import __version__, checkpoint
 from lite_trgrpo import config as options
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import RunError
@@ -105,7 +107,8 @@ def test_without_arguments_the_help_is_shown():
         (["trian"], "No such command 'trian'"),
         (["train", "--bogus"], "No such option: --bogus"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),
-        (["train", "demo"], "Got unexpected extra argument"),
+        (["train", "demo"], "'demo' stands alone: type --preset demo, or --resume demo to go on with a run"),
+        (["train", "--preset", "demo", "--max-hours", "0"], "--max-hours 0 must be above 0"),
         (["presets", "show"], "Missing argument"),
     ],
 )
@@ -250,7 +253,7 @@ def test_every_preset_dry_runs(name):
 def test_the_run_folder_is_the_one_asked_for_or_named_after_the_preset_and_the_time(session):
     assert call("train", "--preset", "demo", "--output", "here").exit_code == 0
     assert call("train", "--preset", "demo").exit_code == 0
-    (_, config, output, resume), (_, _, default, _) = session
+    (_, config, output, resume, _), (_, _, default, _, _) = session
     assert (config, output, resume) == (options.load("demo"), Path("here"), None)
     assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", default.as_posix())
 
@@ -268,26 +271,63 @@ def run_folder(tmp_path):
 def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, run_folder):
     assert call("train", "--resume", str(run_folder)).exit_code == 0
     assert call("train", "--resume", str(run_folder), "--steps", "9").exit_code == 0
-    assert [(config.train.steps, resume) for _, config, _, resume in session] == [(5, run_folder), (9, run_folder)]
+    assert [(config.train.steps, resume) for _, config, _, resume, _ in session] == [(5, run_folder), (9, run_folder)]
     assert session[0][1] == options.load("demo", named={"train.steps": 5})
 
 
 @pytest.mark.parametrize(
     "other",
-    [
-        ["--preset", "demo"],
-        ["--config", "own.toml"],
-        ["--set", "train.steps=3"],
-        ["--seed", "0"],
-        ["--output", "x"],
-        ["--objective", "grpo"],
-    ],
+    [["--preset", "demo"], ["--config", "own.toml"], ["--output", "x"], ["--objective", "grpo"]],
     ids=lambda words: words[0],
 )
-def test_resuming_with_other_options_is_refused(session, run_folder, other):
+def test_resuming_with_other_files_is_refused(session, run_folder, other):
     result = call("train", "--resume", str(run_folder), *other)
     assert (result.exit_code, session) == (2, [])
-    assert "--resume takes its options from the run; only --steps may be changed" in words(result.stderr)
+    assert "--resume takes its options from the run; change one with --set" in words(result.stderr)
+
+
+def test_harmless_changes_of_a_resumed_run_are_listed(session, run_folder):
+    changes = ["--set", "eval.every=2", "--set", "train.seed=0", "--steps", "9"]
+    result = call("train", "--resume", str(run_folder), *changes)
+    assert (result.exit_code, result.stderr) == (0, "changed: train.steps: 5 -> 9\nchanged: eval.every: 0 -> 2\n")
+    [(_, config, _, _, _)] = session
+    assert (config.train.steps, config.eval.every) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (["--set", "train.learning_rate=1e-3"], "train.learning_rate: 0.0002 -> 0.001: a run keeps this to its end."),
+        (["--seed", "4"], "train.seed: 0 -> 4: a run keeps"),
+        (["--set", "rollout.group_size=4", "--set", "model.lora_rank=2"],
+         "model.lora_rank: 16 -> 2; rollout.group_size: 8 -> 4: a run keeps"),
+    ],
+)  # fmt: skip
+def test_other_changes_are_refused_with_the_way_out(session, run_folder, change, line):
+    result = call("train", "--resume", str(run_folder), *change, "--set", "eval.every=3")
+    assert (result.exit_code, session) == (1, [])
+    assert result.stderr.startswith(f"error: {line}")
+    assert f"Start a new one from its adapter with --set 'model.adapter=\"{run_folder / 'adapter'}\"'" in result.stderr
+    assert "What may change: eval.every, " in result.stderr and "eval.every:" not in result.stderr
+
+
+def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no unfinished run in" in call("train", "--resume").stderr
+    for age, name in enumerate(["new", "old", "done"]):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(options.to_toml(options.load("demo")))
+        os.utime(folder / "config.toml", (1e9 - age, 1e9 - age))
+    model = torch.nn.Linear(1, 1)
+    parameters = dict(model.named_parameters())
+    state = {"logs": {}, "complete": True}
+    checkpoint.save(
+        tmp_path / "runs" / "done" / "checkpoints", 40, parameters, torch.optim.SGD(parameters.values()), state
+    )
+    result = call("train", "--resume")
+    assert result.stderr == f"going on with {Path('runs', 'new')}\n"
+    assert [resume for _, _, _, resume, _ in session] == [Path("runs", "new")]
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

@@ -20,6 +20,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "__init__": ("", ""),
     "errors": ("", ""),
     "records": ("", ""),
+    "disk": ("", ""),
+    "lock": ("errors", ""),
+    "stopping": ("errors", ""),
     "objective": ("", "torch"),
     "logprobs": ("", "torch"),
     "tokenstats": ("", "torch"),
@@ -59,21 +62,31 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "weighting": ("objective options", "torch"),
     "update": ("objective options packing policy records tokenstats weighting", "torch"),
-    "checkpoint": ("errors", "safetensors torch"),
-    "run": ("config errors options records", ""),
+    "optimizer": ("options", "bitsandbytes torch"),
+    "checkpoint": ("disk errors", "safetensors torch"),
+    "run": ("config disk errors options records", ""),
     "evaluate": ("packing policy records rewards", "torch"),
+    "metrics": ("records", "psutil torch"),
+    "guards": ("options", ""),
+    "job": ("options policy records rewards run stopping", "torch"),
+    "recovery": ("checkpoint guards job", ""),
     "trainer": (
-        "checkpoint data errors evaluate options policy records rewards run update", "bitsandbytes psutil torch"
+        "checkpoint data errors evaluate guards job metrics optimizer options policy records recovery rewards run "
+        "stopping update", ""
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
+    "plan": (
+        "attention backends.loading backends.network options packing records rollout.cache rollout.engine "
+        "rollout.sampling", "torch transformers"
+    ),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.transformers checkpoint data diagnose errors evaluate options policy records rewards run "
-        "screen trainer update", ""
+        "__init__ backends.transformers checkpoint data diagnose errors evaluate job lock options policy records "
+        "rewards run screen stopping trainer update", ""
     ),
-    "compare": ("checkpoint config errors evaluate options run screen session", ""),
-    "cli": ("__init__ compare config errors figures run screen session", "typer"),
+    "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
+    "cli": ("__init__ compare config errors figures run screen session stopping", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
@@ -166,9 +179,9 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("peft", {"backends.loading"}),
         (
             "transformers",
-            {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights")},
+            {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights")} | {"plan"},
         ),
-        ("bitsandbytes", {"backends.loading", "trainer"}),
+        ("bitsandbytes", {"backends.loading", "optimizer"}),
     ],
 )
 def test_a_library_has_its_place(library, modules):

@@ -35,13 +35,13 @@ def run(tiny_config, tmp_path):
 def test_what_a_run_leaves(run, tiny_config):
     folder, _ = run
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl", "run.json",
+        ".lock", "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl", "run.json",
     ]  # fmt: skip
     # what was resolved at the start is written down: a resumed run decodes in the same batches
     expected = options.load(file=tiny_config, overrides=["eval.samples=2", "rollout.cache_mib=2048"])
     assert options.load(file=folder / "config.toml") == expected
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["prompts"] == {"training": 8, "heldout": 4, "too_long": 0}
+    assert {**facts["prompts"], "sha256": 64} == {"training": 8, "heldout": 4, "too_long": 0, "sha256": 64}
     assert facts["versions"]["torch"] == torch.__version__
     before, after = lines(folder / "eval.jsonl")
     assert (before["step"], after["step"]) == (0, 2)

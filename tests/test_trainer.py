@@ -10,10 +10,13 @@ from lite_trgrpo import config as options
 from lite_trgrpo import trainer
 from lite_trgrpo.checkpoint import newest
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.job import Listener
+from lite_trgrpo.optimizer import learning_rate_at
 from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.run import Run
+from lite_trgrpo.stopping import Stop
 from tests.toy import ToyPolicy
 
 BASE = {
@@ -26,7 +29,6 @@ BASE = {
 }
 # the answer to every digit is the letter below it, then the end
 EXAMPLES = [Example(str(i), {"answer": "abc"[i % 3]}, f"toy:{i}") for i in range(6)]
-SILENT = trainer.Listener(step=lambda metrics: None, evaluated=lambda line: None)
 
 
 def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = None, resume: bool = False):
@@ -37,16 +39,19 @@ def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = 
     config = options.validate(settings)
     policy = ToyPolicy()
     encoded, _ = trainer.encode(policy, EXAMPLES, 8)
-    run = Run(folder) if resume else Run.create(folder, config)
+    run = Run(folder)
+    if not resume:
+        Run.vacant(folder).create()
+        run.describe(config, {})
 
     def killer(metrics):
         if metrics["step"] == stop_after:
             raise KeyboardInterrupt
 
-    listener = trainer.Listener(step=killer, evaluated=lambda line: None)
+    listener = Listener(step=killer, evaluated=lambda line: None, warned=lambda text: None)
     trainer.train(
         config, policy, encoded, encoded, load_rewards(config.rewards.functions, config.rewards.options), run, listener,
-        resume=newest(run.checkpoints) if resume else None,
+        Stop(), resume=newest(run.checkpoints) if resume else None,
     )  # fmt: skip
     return policy, run
 
@@ -159,10 +164,10 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
 
 def test_learning_rate_schedules():
     train = Train(steps=10, warmup_steps=2, learning_rate=1.0, schedule="linear")
-    assert [trainer.learning_rate_at(step, train) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert [learning_rate_at(step, train) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
     cosine = train.model_copy(update={"schedule": "cosine"})
-    assert trainer.learning_rate_at(6, cosine) == pytest.approx(0.5)
-    assert trainer.learning_rate_at(9, train.model_copy(update={"schedule": "constant"})) == 1.0
+    assert learning_rate_at(6, cosine) == pytest.approx(0.5)
+    assert learning_rate_at(9, train.model_copy(update={"schedule": "constant"})) == 1.0
 
 
 def test_groups_without_signal_are_replaced_in_bounded_rounds(tmp_path):

@@ -1,0 +1,52 @@
+"""A run at work: what it works with, and how far it is."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite_trgrpo.options import Config
+from lite_trgrpo.policy import Policy
+from lite_trgrpo.records import Example, Prompt
+from lite_trgrpo.rewards import Reward
+from lite_trgrpo.run import Run
+from lite_trgrpo.stopping import Stop
+
+Encoded = list[tuple[Example, Prompt]]
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What the person sees; the trainer itself prints nothing."""
+
+    step: Callable[[Metrics], None]
+    evaluated: Callable[[Metrics], None]
+    warned: Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything that the loop needs; `step` and what follows it change."""
+
+    config: Config
+    policy: Policy
+    training: Encoded
+    heldout: Encoded
+    rewards: Sequence[Reward]
+    run: Run
+    listener: Listener
+    stop: Stop
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Steps that are done."""
+    history: list[Metrics] = field(default_factory=list)
+    """Lines of metrics.jsonl: entry i is of step i + 1."""
+    evaluations: list[Metrics] = field(default_factory=list)
+    saved: int | None = None
+    """The step of the newest checkpoint."""
+    saved_at: float = field(default_factory=time.monotonic)

@@ -1,0 +1,68 @@
+"""What is measured of a step, beside the update's own statistics."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean, pstdev
+from typing import Any
+
+import psutil
+import torch
+
+from lite_trgrpo.records import Group
+
+
+def has_signal(group: Group) -> bool:
+    """Whether its graded answers differ in reward: else every advantage is 0."""
+    return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
+
+
+def of_rollout(groups: Sequence[Group], solved_at: float) -> dict[str, Any]:
+    """Means over a step's completions; ungradable ones are counted apart."""
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards if not math.isnan(reward)]
+    first = next(iter(groups[0].parts))
+    parts = {
+        f"reward/{name}": fmean(values)
+        for name in groups[0].parts
+        if (values := [v for group in groups for v in group.parts[name] if not math.isnan(v)])
+    }
+    return {
+        "reward_mean": fmean(rewards) if rewards else None,
+        "reward_std": pstdev(rewards) if rewards else None,
+        **parts,
+        "solved": fmean(v >= solved_at for group in groups for v in group.parts[first]),
+        "groups_with_signal": fmean(has_signal(group) for group in groups),
+        "truncated": fmean(not completion.stopped for completion in completions),
+        "ungradable": len(completions) - len(rewards),
+        "length_mean": fmean(len(completion.ids) for completion in completions),
+        "length_max": max(len(completion.ids) for completion in completions),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, in lists and dicts too: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that pass inside to `clock[name]`."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    clock[name] += time.perf_counter() - started
+
+
+def memory() -> dict[str, float]:
+    """MiB: resident memory of the process now, and the card's peak so far."""
+    found = {"rss_mib": psutil.Process().memory_info().rss / 2**20}
+    if torch.cuda.is_initialized():
+        found["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found

@@ -1,0 +1,77 @@
+"""Saving a run at work, and falling back on what was saved."""
+
+import time
+
+from lite_trgrpo import checkpoint, guards
+from lite_trgrpo.job import Job, Metrics
+
+
+def save_if_due(job: Job) -> None:
+    """At the start, after an evaluation, and by number of steps or minutes."""
+    every, minutes = job.config.train.checkpoint_every, job.config.train.checkpoint_minutes
+    late = minutes > 0 and time.monotonic() - job.saved_at >= 60 * minutes
+    if job.saved != job.step and (late or job.step in _regular(job, every)):
+        save(job)
+
+
+def save(job: Job, *, complete: bool = False) -> None:
+    """Write a checkpoint and prune; `complete` says that the adapter and all scores are there too."""
+    state = {"logs": job.run.offsets(), "complete": complete}
+    checkpoint.save(job.run.checkpoints, job.step, job.trainable, job.optimizer, state)
+    job.saved, job.saved_at = job.step, time.monotonic()
+    best = max(job.evaluations, key=score_of, default=None)
+    kept = _good_steps(job)[:1] + ([best["step"]] if best else [])
+    checkpoint.prune(job.run.checkpoints, job.step, job.config.train.keep_checkpoints, kept)
+
+
+def finish(job: Job, *, complete: bool) -> None:
+    """The adapter comes first: a complete checkpoint says that it is there."""
+    checkpoint.save_adapter(job.policy.save_adapter, job.run.adapter)
+    save(job, complete=complete)
+
+
+def score_of(line: Metrics) -> float:
+    """Of an evaluation: what makes one better than another."""
+    return line["pass@1"]["value"]
+
+
+def watch(job: Job, metrics: Metrics) -> str | None:
+    """Light the lights and roll back if one is red; -> why the run must end here, if it must."""
+    options = job.config.guards
+    lights = guards.lights(job.history, job.evaluations, options, job.config.rollout.max_new_tokens)
+    before = job.history[-2]["guards"] if len(job.history) > 1 else {}
+    metrics["guards"] = {light.name: light.colour for light in lights}
+    for light in lights:
+        if before.get(light.name) not in (light.colour, "red"):
+            job.listener.warned(f"{light.colour} light '{light.name}' at step {metrics['step']}: {light.advice}")
+    reds = [light for light in lights if light.colour == "red"]
+    if not (reds and options.rollbacks) or (good := _fall_back(job)) is None:
+        return None
+    metrics["rolled_back_to"] = good
+    if (count := guards.rollbacks(job.history)) > options.rollbacks:
+        return f"the guard '{reds[0].name}' after {options.rollbacks} roll-backs; the adapter is that of step {good}"
+    job.listener.warned(
+        f"rolled back to the adapter of step {good} ({count} of at most {options.rollbacks} times); the learning "
+        "rate is halved"
+    )
+    return None
+
+
+def _fall_back(job: Job) -> int | None:
+    """Put adapter and optimizer back to the newest good checkpoint; -> its step, None if there is none."""
+    for step in _good_steps(job):
+        path = checkpoint.at_step(job.run.checkpoints, step)
+        if checkpoint.is_whole(path):
+            checkpoint.load(path, job.trainable, job.optimizer)
+            return step
+    return None
+
+
+def _good_steps(job: Job) -> list[int]:
+    """Steps whose checkpoint can be fallen back on, newest first."""
+    return guards.good_steps(job.history, _regular(job, job.config.train.checkpoint_every))
+
+
+def _regular(job: Job, every: int) -> set[int]:
+    """Steps up to now at which any run of these options has a checkpoint, whenever it was stopped."""
+    return {0, *(range(0, job.step + 1, every) if every else ()), *(line["step"] for line in job.evaluations)}
