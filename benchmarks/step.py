@@ -21,6 +21,7 @@ from lite_trgrpo import logprobs as chunked
 from lite_trgrpo.attention import Packed
 from lite_trgrpo.backends import network as backend
 from lite_trgrpo.backends.transformers import TransformersPolicy
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Group, Sampling
@@ -52,7 +53,7 @@ def groups_of(prompts: list[Any], answers: list[list[Completion]]) -> list[Group
 def run_update(policy: TransformersPolicy, optimizer: torch.optim.Optimizer, groups: list[Group]) -> None:
     update(
         policy, optimizer, prepare_rows(groups, Objective(), TOKENS), Objective(), temperature=1.0, updates=1,
-        token_budget=BUDGET, max_grad_norm=1.0,
+        limits=Limits(BUDGET, 64), max_grad_norm=1.0,
     )  # fmt: skip
 
 

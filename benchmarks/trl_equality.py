@@ -44,6 +44,7 @@ from trl.trainer import utils as trl_utils
 
 from lite_trgrpo import config
 from lite_trgrpo.backends.transformers import TransformersPolicy, load
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.objective import group_advantages
 from lite_trgrpo.options import Model, Objective
 from lite_trgrpo.policy import sample_all
@@ -144,7 +145,7 @@ def our_side(given: Setting, case: Case, token_budget: int) -> Outcome:
     recorder.register_step_post_hook(lambda *_: put(parameters, given.weights[1]))
     statistics = update(
         given.policy, recorder, prepare_rows(given.groups, objective, MAX_NEW_TOKENS), objective,
-        temperature=case.temperature, updates=case.updates, token_budget=token_budget,
+        temperature=case.temperature, updates=case.updates, limits=Limits(token_budget, 64),
         max_grad_norm=float("inf"),
     )  # fmt: skip
     advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), estimator=estimator).flatten()

@@ -17,6 +17,10 @@ class DataError(LiteError, ValueError):
     """A data source is missing, empty, or has a row that cannot be used."""
 
 
+class OutOfMemoryError(LiteError, MemoryError):
+    """Even the smallest piece of work does not fit."""
+
+
 class RewardError(LiteError, ValueError):
     """A reward function cannot be loaded, or returned something that is no reward."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Prompt
@@ -42,6 +43,7 @@ class Job:
     stop: Stop
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    limits: Limits
     step: int = 0
     """Steps that are done."""
     history: list[Metrics] = field(default_factory=list)

@@ -1,5 +1,7 @@
 """Statistics over the tokens of one update, independent of how they were cut into micro-batches."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,15 @@ class TokenStatistics:
             "sampler_gap_max": tokens["gap"].max().item(),
             **({"kl": means["kl"]} if "kl" in means else {}),
         }
+
+
+def merged(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+    """Of all tokens of the parts."""
+    whole = TokenStatistics()
+    for part in parts:
+        for name, values in part.values.items():
+            whole.values.setdefault(name, []).extend(values)
+    return whole
 
 
 def histogram(values: Tensor, low: float, high: float) -> list[float]:

@@ -12,6 +12,7 @@ from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.job import Encoded, Job, Listener, Metrics
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.metrics import finite, has_signal, memory, of_rollout, timed
 from lite_trgrpo.optimizer import learning_rate_at, make_optimizer
 from lite_trgrpo.options import Config
@@ -58,13 +59,15 @@ def train(
     """
     trainable = policy.trainable()
     optimizer = make_optimizer(list(trainable.values()), config.train)
-    job = Job(config, policy, training, heldout, rewards, run, listener, stop, trainable, optimizer)
+    limits = Limits(config.train.micro_batch_tokens, config.rollout.max_rows)
+    job = Job(config, policy, training, heldout, rewards, run, listener, stop, trainable, optimizer, limits)
     if resume is None:
         run.cut_back({})  # what a run wrote that was killed before its first checkpoint
     else:
         state = checkpoint.load(resume, trainable, optimizer)
         run.cut_back(state["logs"])
         job.step = job.saved = state["step"]
+        limits.lower(**state["limits"])
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
         _loop(job)
@@ -103,7 +106,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
             config.objective,
             temperature=config.rollout.temperature,
             updates=config.train.updates_per_batch,
-            token_budget=config.train.micro_batch_tokens,
+            limits=job.limits,
             max_grad_norm=config.train.max_grad_norm,
         )
     if not sound:  # as if the loss had come out so

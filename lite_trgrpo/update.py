@@ -1,19 +1,23 @@
 """From scored groups to an optimizer step: micro-batches, loss, backward, statistics."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lite_trgrpo.memory import Limits, free, ran_out
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.options import Objective
 from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
-from lite_trgrpo.tokenstats import TokenStatistics
+from lite_trgrpo.tokenstats import TokenStatistics, merged
 from lite_trgrpo.weighting import step_mean, weight_range, weights_of
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,28 +76,33 @@ def update(
     *,
     temperature: float,
     updates: int,
-    token_budget: int,
+    limits: Limits,
     max_grad_norm: float,
 ) -> dict[str, float | list[float]]:
-    """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: README)."""
-    batches = list(micro_batches(rows, token_budget))
+    """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: README).
+
+    Where memory runs out, `limits.tokens` is halved and the optimizer step computed anew. Raises OutOfMemoryError when
+    a single row does not fit.
+    """
     # One update: pi_old is the current policy. More: pi_old is what it was before the first of them.
-    old = [_frozen(policy, batch, temperature) for batch in batches] if updates > 1 else [None] * len(batches)
+    old = _frozen(policy, rows, temperature, limits) if updates > 1 else {}
     with policy.reference():
-        reference = [_frozen(policy, batch, temperature) if objective.beta > 0 else None for batch in batches]
+        reference = _frozen(policy, rows, temperature, limits) if objective.beta > 0 else {}
     parameters = list(policy.trainable().values())
     mean_weight = step_mean([row.sampled_logprobs for row in rows], objective)
-    statistics = TokenStatistics()
+
+    def learn(batch: Sequence[Row]) -> tuple[float, TokenStatistics]:
+        loss, statistics = _batch_loss(policy, batch, objective, temperature, old, reference, mean_weight)
+        loss.backward()
+        return loss.item(), statistics
+
     losses, norms, skipped = [], [], 0
+    statistics: list[TokenStatistics] = []
     for _ in range(updates if rows else 0):
         optimizer.zero_grad()
-        loss = 0.0
-        for batch, old_logprobs, ref_logprobs in zip(batches, old, reference, strict=True):
-            part = _batch_loss(
-                policy, batch, objective, temperature, old_logprobs, ref_logprobs, mean_weight, statistics
-            )
-            part.backward()
-            loss += part.item()
+        parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
+        loss = sum(part for part, _ in parts)
+        statistics += [part for _, part in parts]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
@@ -106,13 +115,40 @@ def update(
         "loss": _mean(losses),
         "grad_norm": _mean(norms),
         "updates_skipped": skipped,
-        **statistics.report(*weight_range(objective, mean_weight)),
+        **merged(statistics).report(*weight_range(objective, mean_weight)),
     }
 
 
+def in_pieces(
+    rows: Sequence[Row], limits: Limits, work: Callable[[Sequence[Row]], Result], undo: Callable[[], None]
+) -> list[Result]:
+    """`work` on every micro-batch. Where memory runs out: `undo`, and everything again in smaller ones."""
+    while True:
+        found = []
+        try:
+            for batch in micro_batches(rows, limits.tokens):
+                found.append(work(batch))
+            return found
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            prompts = {row.prompt_ids for row in batch}
+            tokens = sum(len(row.completion.ids) for row in batch) + sum(map(len, prompts))
+            limits.fewer_tokens(tokens, len(batch))
+        undo()
+        del found  # the traceback is gone with the `except`; now nothing holds what had been computed
+        free()
+
+
 @torch.no_grad()
-def _frozen(policy: Policy, batch: Sequence[Row], temperature: float) -> Tensor:
-    return policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)[0]
+def _frozen(policy: Policy, rows: Sequence[Row], temperature: float, limits: Limits) -> dict[int, Tensor]:
+    """log p of each row's completion [T], by the row's id."""
+
+    def score(batch: Sequence[Row]) -> list[tuple[int, Tensor]]:
+        logprobs, _ = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
+        return [(id(row), logprobs[i, : len(row.completion.ids)]) for i, row in enumerate(batch)]
+
+    return dict(pair for part in in_pieces(rows, limits, score, lambda: None) for pair in part)
 
 
 def _batch_loss(
@@ -120,26 +156,27 @@ def _batch_loss(
     batch: Sequence[Row],
     objective: Objective,
     temperature: float,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
+    old: Mapping[int, Tensor],
+    reference: Mapping[int, Tensor],
     mean_weight: float,
-    statistics: TokenStatistics,
-) -> Tensor:
+) -> tuple[Tensor, TokenStatistics]:
     logprobs, entropy = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
     mask, sampled, advantages, denominator = batch_tensors(batch, logprobs)
     weights = weights_of(sampled if objective.weights_from == "sampling" else logprobs, objective, mean_weight)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    old_logprobs = _padded(batch, old) if old else logprobs.detach()
+    ref_logprobs = _padded(batch, reference) if reference else None
     loss = policy_loss(
-        logprobs, old, advantages, mask,
+        logprobs, old_logprobs, advantages, mask,
         weights=weights, ref_logprobs=ref_logprobs,
         clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=objective.dual_clip,
         penalty=objective.penalty, beta=objective.beta, kl=objective.kl,
         placement=objective.placement, trust_region=objective.trust_region, denominator=denominator,
     )  # fmt: skip
+    statistics = TokenStatistics()
     with torch.no_grad():
         moved = logprobs if weights is None or objective.placement == "surrogate" else logprobs + weights.log()
         outside = beyond_bounds(
-            moved, old, advantages, mask, objective.trust_region, objective.clip_low, objective.clip_high
+            moved, old_logprobs, advantages, mask, objective.trust_region, objective.clip_low, objective.clip_high
         )
         statistics.add(
             mask,
@@ -150,7 +187,12 @@ def _batch_loss(
             gap=(logprobs - sampled).abs(),
             **({} if ref_logprobs is None else {"kl": kl_estimate(ref_logprobs - logprobs)}),
         )
-    return loss
+    return loss, statistics
+
+
+def _padded(batch: Sequence[Row], logprobs: Mapping[int, Tensor]) -> Tensor:
+    """-> [B, T], as the policy gives them."""
+    return nn.utils.rnn.pad_sequence([logprobs[id(row)] for row in batch], batch_first=True)
 
 
 def batch_tensors(batch: Sequence[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from lite_trgrpo import config as options
 from lite_trgrpo import diagnose, trainer
 from lite_trgrpo.cli import app
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
 from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.update import prepare_rows, update
@@ -35,7 +36,7 @@ class Recorder(torch.optim.SGD):
 
 def total_gradient(policy, rows, objective):
     optimizer = Recorder(policy.trainable().values(), lr=0.0)
-    update(policy, optimizer, rows, objective, temperature=1.0, updates=1, token_budget=999, max_grad_norm=1e9)
+    update(policy, optimizer, rows, objective, temperature=1.0, updates=1, limits=Limits(999, 1), max_grad_norm=1e9)
     return optimizer.seen
 
 

@@ -101,9 +101,11 @@ class Scripted:
         self.script = {True: [[text] for text in greedy], False: sampled}
         self.asked: list[Sampling] = []
 
-    def sample(self, prompts, sampling):
+    def sample(self, prompts, sampling, wanted):
         self.asked.append(sampling)
-        return enumerate([self._completion(text) for text in texts] for texts in self.script[sampling.greedy])
+        for p, texts in enumerate(self.script[sampling.greedy]):
+            for m, text in enumerate(texts):
+                yield p, m, self._completion(text)
 
     @staticmethod
     def _completion(text):

@@ -43,7 +43,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rollout.sampling": ("", "numpy torch"),
     "rollout.cache": ("", "torch"),
     "rollout.engine": ("attention records rollout.cache rollout.sampling", "numpy torch"),
-    "policy": ("records", "torch"),
+    "memory": ("errors", "torch"),
+    "policy": ("memory records", "torch"),
     "backends": ("", ""),
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
@@ -61,18 +62,18 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch transformers",
     ),
     "weighting": ("objective options", "torch"),
-    "update": ("objective options packing policy records tokenstats weighting", "torch"),
+    "update": ("memory objective options packing policy records tokenstats weighting", "torch"),
     "optimizer": ("options", "bitsandbytes torch"),
     "checkpoint": ("disk errors", "safetensors torch"),
     "run": ("config disk errors options records", ""),
     "evaluate": ("packing policy records rewards", "torch"),
     "metrics": ("records", "psutil torch"),
     "guards": ("options", ""),
-    "job": ("options policy records rewards run stopping", "torch"),
+    "job": ("memory options policy records rewards run stopping", "torch"),
     "recovery": ("checkpoint guards job", ""),
     "trainer": (
-        "checkpoint data errors evaluate guards job metrics optimizer options policy records recovery rewards run "
-        "stopping update", ""
+        "checkpoint data errors evaluate guards job memory metrics optimizer options policy records recovery rewards "
+        "run stopping update", ""
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "plan": (

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lite_trgrpo import update as module
+from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
@@ -93,7 +94,7 @@ def step_of(objective, *, updates=2, token_budget=7, learning_rate=2.0):
         patch.setattr(module, "policy_loss", spy)
         report = update(
             policy, torch.optim.SGD([policy.adapter], lr=learning_rate), rows, objective,
-            temperature=1.0, updates=updates, token_budget=token_budget, max_grad_norm=math.inf,
+            temperature=1.0, updates=updates, limits=Limits(token_budget, 1), max_grad_norm=math.inf,
         )  # fmt: skip
     sampled = [
         lp for batch in module.micro_batches(rows, token_budget) for row in batch for lp in row.completion.logprobs

@@ -36,9 +36,10 @@ class ToyPolicy:
         return Prompt(tuple(VOCABULARY.index(c) for c in text), text)
 
     @torch.no_grad()
-    def sample(self, prompts, sampling):
+    def sample(self, prompts, sampling, wanted):
         for p, prompt in enumerate(prompts):
-            yield p, [self._answer(p, prompt, m, sampling) for m in range(sampling.members)]
+            for m in wanted[p]:
+                yield p, m, self._answer(p, prompt, m, sampling)
 
     def _answer(self, number, prompt, member, sampling):
         key = row_keys(sampling.key, np.array([number], dtype=np.uint64), np.array([member], dtype=np.uint64))

@@ -15,7 +15,12 @@ from lite_trgrpo.rollout.engine import Answer
 
 
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: frozenset[int], pad_id: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    wanted: Sequence[Sequence[int]],
+    end_ids: frozenset[int],
+    pad_id: int,
 ) -> Iterator[Answer]:
     """transformers' `generate`, prompt after prompt; numbers come from torch's generator, seeded from the key."""
     from transformers import GenerationConfig
@@ -29,11 +34,14 @@ def generate(
     with torch.random.fork_rng():
         torch.manual_seed(abs(hash(sampling.key)))  # hashes of tuples of integers are the same in every process
         for p, prompt in enumerate(prompts):
+            if not wanted[p]:
+                continue
             ids = torch.tensor([prompt], device=model.device)
             made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
             new = made.sequences[:, len(prompt) :].tolist()
             logprobs = torch.log_softmax(torch.stack(made.logits, 1).float() / sampling.temperature, -1)
-            for member, row in enumerate(new):
+            for member in wanted[p]:
+                row = new[member]
                 length = next((t + 1 for t, i in enumerate(row) if i in end_ids), len(row))
                 picked = [logprobs[member, t, i].item() for t, i in enumerate(row[:length])]
                 yield Answer(p, member, row[:length], picked, row[length - 1] in end_ids)

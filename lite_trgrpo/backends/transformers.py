@@ -76,24 +76,25 @@ class TransformersPolicy:
             return 2048
         return max(1, torch.cuda.mem_get_info(self.device)[0] // 3 // 2**20)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, wanted: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, int, Completion]]:
         self._check_length(prompts, sampling)
         self.model.eval()
-        groups: list[dict[int, Completion]] = [{} for _ in prompts]
-        for answer in self._answers([prompt.ids for prompt in prompts], sampling):
-            group = groups[answer.prompt]
-            group[answer.member] = Completion(
+        for answer in self._answers([prompt.ids for prompt in prompts], sampling, wanted):
+            completion = Completion(
                 tuple(answer.ids), (True,) * len(answer.ids), tuple(answer.logprobs), self.decode(answer.ids),
                 answer.stopped,
             )  # fmt: skip
-            if len(group) == sampling.members:
-                yield answer.prompt, [group[m] for m in range(sampling.members)]
+            yield answer.prompt, answer.member, completion
 
-    def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, wanted: Sequence[Sequence[int]]
+    ) -> Iterator[Answer]:
         if sampling.engine == "generate" or not self.network.by_groups:
-            return reference.generate(self.model, prompts, sampling, self.end_ids, self.network.pad_id)
+            return reference.generate(self.model, prompts, sampling, wanted, self.end_ids, self.network.pad_id)
         slots = slot_count(prompts, sampling, self.network.token_bytes)
-        return Engine(self.network, prompts, sampling, self.end_ids, slots).answers()
+        return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted).answers()
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         return self.network.logprobs(rows, temperature)

@@ -51,7 +51,7 @@ class Line:
     length: int
     last: Tensor
     """Hidden state of its last token, from which every answer's first token is drawn: [width]."""
-    waiting: int
+    waiting: list[int]
     """Members that have not begun."""
     open: int
     """Members that have not finished."""
@@ -79,14 +79,18 @@ class Engine:
         sampling: Sampling,
         end_ids: frozenset[int],
         slots: int,
+        wanted: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        """`wanted`: which members of each prompt; all if not given."""
         self.decoder, self.prompts, self.sampling, self.end_ids = decoder, prompts, sampling, end_ids
         self.slots, self.max_lines = slots, line_count(slots, len(prompts), sampling.members)
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.cache = GroupCache(slots, self.max_lines, sampling.max_new_tokens, longest)
         self.counts = Counts()
+        self._wanted = [range(sampling.members)] * len(prompts) if wanted is None else wanted
         # prompts of like length at the same time: they are read up to the longest
-        self._queue = deque(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
+        asked = [p for p in range(len(prompts)) if self._wanted[p]]
+        self._queue = deque(sorted(asked, key=lambda p: len(prompts[p])))
         self._lines: list[Line] = []
         self._rows: list[tuple[Answer, Line]] = []  # a row's place in this list is its place in the cache
 
@@ -107,8 +111,7 @@ class Engine:
             begun: list[tuple[Answer, Line]] = []
             for line in self._lines:
                 while line.waiting and len(self._rows) + len(begun) < self.slots:
-                    begun.append((Answer(line.prompt, self.sampling.members - line.waiting), line))
-                    line.waiting -= 1
+                    begun.append((Answer(line.prompt, line.waiting.pop(0)), line))
             self._set_keys([answer for answer, _ in begun])
             self._rows += begun
             logits = self.decoder.logits(torch.stack([line.last for _, line in begun]))
@@ -135,9 +138,9 @@ class Engine:
         groups = Packed([(length, ()) for length in lengths], self.decoder.device, keep=self.cache)
         ids = torch.tensor([[i for p in chosen for i in self.prompts[p]]], device=self.decoder.device)
         hidden = self.decoder.hidden(ids, groups.positions, groups)[0]
-        members = self.sampling.members
         for p, length, span in zip(chosen, lengths, groups.spans, strict=True):
-            self._lines.append(Line(p, length, hidden[span.stop - 1].clone(), members, members))
+            members = list(self._wanted[p])
+            self._lines.append(Line(p, length, hidden[span.stop - 1].clone(), members, len(members)))
         self.counts.prompt_tokens += tokens
 
     @torch.no_grad()

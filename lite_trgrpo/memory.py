@@ -1,0 +1,76 @@
+"""When memory runs out: told apart from other errors, freed, and what is then tried in smaller pieces."""
+
+import gc
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lite_trgrpo.errors import OutOfMemoryError
+
+# what torch, oneDNN and the C++ library say on a CPU; on a card there is torch.OutOfMemoryError
+WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory", "out of memory")
+
+
+@dataclass(slots=True)
+class Limits:
+    """How much is done at a time. Halved when memory runs out, kept from then on and in checkpoints; no result changes
+    but by rounding.
+    """
+
+    tokens: int
+    """Of one micro-batch of the update."""
+    rows: int
+    """Answers decoded side by side."""
+
+    def fewer_tokens(self, used: int, rows: int) -> None:
+        """After a micro-batch of `rows` answers, `used` tokens with their prompts, did not fit."""
+        if rows <= 1:
+            raise OutOfMemoryError(_advice("one answer and its gradient do", "rollout.max_new_tokens"))
+        self.tokens = min(self.tokens, used) // 2
+
+    def fewer_rows(self, used: int) -> None:
+        if used <= 1:
+            raise OutOfMemoryError(_advice("decoding one answer at a time does", "rollout.cache_mib"))
+        self.rows = used // 2
+
+    def lower(self, tokens: int, rows: int) -> None:
+        """To what an earlier part of the run came down to."""
+        self.tokens, self.rows = min(self.tokens, tokens), min(self.rows, rows)
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def _advice(what: str, option: str) -> str:
+    return (
+        f"out of memory: {what} not fit. Lower {option} or data.max_prompt_tokens, set model.quantization = nf4 or "
+        "train.gradient_checkpointing = true, or close what else uses the card; `lite-trgrpo check` shows what fits"
+    )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that there was no memory, on the card or on the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in WORDS)
+
+
+def free() -> None:
+    """Give back what nothing refers to. To be called outside of the `except`, whose traceback keeps tensors alive."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def cap(limit: int, device: torch.device) -> bool:
+    """Let allocations beyond `limit` bytes fail, so that they can be met; -> False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+        return True
+    if sys.platform != "linux":
+        return False
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    return True
