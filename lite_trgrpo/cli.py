@@ -210,6 +210,45 @@ def diagnose(
 
 @app.command()
 @command
+def check(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    vram: Annotated[
+        str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
+    ] = None,
+    fit: Annotated[Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit to a file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
+) -> None:
+    """Will it fit? Memory by part, before any weight is loaded; what to change if it does not. Exit code 1 if so.
+
+    Example: lite-trgrpo check --preset math-1.5b --vram 8GB
+    """
+    from lite_trgrpo import config as options
+    from lite_trgrpo.options import memory_bytes
+
+    try:
+        size = None if vram is None else memory_bytes(vram)
+    except ValueError as error:
+        raise typer.BadParameter(f"--vram {vram!r} {error}") from None
+    loaded = options.load(preset, config, set_)
+    from lite_trgrpo import screen, session
+
+    result, fitting = session.memory_plan(loaded, size)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        screen.show(screen.memory_tables(result))
+        print(screen.memory_line(result))
+    if fit is not None and fitting is not None:
+        fit.write_text(options.to_toml(fitting), encoding="utf-8")
+        print(f"options that fit: {fit}; train with: lite-trgrpo train --config {fit}", file=sys.stderr)
+    elif not result["fits"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
 def compare(
     objectives: Annotated[str, typer.Option("--objectives", help="Objective recipes, separated by commas")],
     preset: PresetOption = None,

@@ -1,10 +1,19 @@
 """Every option of a run, once: type, default, help, unit. Nothing else in the project defines an option."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
+
+
+def memory_bytes(text: str) -> int:
+    """`2GB`, `512MB` -> bytes, with 1 GB = 2^30 as graphics cards count."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError("must be a size, e.g. 2GB or 512MB")
+    return int(float(match[1]) * {"MB": 2**20, "GB": 2**30}[match[2].upper()])
 
 
 class Section(BaseModel):
@@ -220,11 +229,23 @@ class Train(Section):
         ge=1,
         description="Tokens of one forward and backward, a shared prompt counted once; never changes the result",
     )
+    memory: str | None = Field(
+        None,
+        description="Most that the run may take, e.g. 6GB: of the card, or on CPU of the process (Linux only). What "
+        "goes beyond it is met as out of memory: done in smaller pieces",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: not by number of steps")
     checkpoint_minutes: float = Field(10, ge=0, description="Minutes after which there is one anyway; 0: never")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay, beside the one to fall back on")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            memory_bytes(value)
+        return value
 
 
 class Eval(Section):

@@ -5,10 +5,11 @@ run would use reads prompts, decodes and takes gradients on it, while the bytes 
 plan follows the code, for any architecture. What it cannot see: buffers inside kernels, and the allocator's leftovers.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -89,10 +90,27 @@ class LiveBytes(TorchDispatchMode):
         found[name] = self.peak - before
 
 
-def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, group_count: int) -> Plan:
-    """`model_config`: the base's, of transformers; `prompt_tokens`: of the longest prompt; `group_count`: P."""
+def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int) -> Plan:
+    """`model_config`: the base's, of transformers; `prompt_tokens`: of the longest prompt.
+
+    Layers are alike, so 2 and 4 of them tell what any number takes: every part is a constant and so much a layer.
+    """
+    layers = model_config.num_hidden_layers
+    if layers <= 4:
+        return _counted(config, model_config, dtype, prompt_tokens, layers)
+    two, four = (_counted(config, model_config, dtype, prompt_tokens, n) for n in (2, 4))
+    parts = {
+        part.name: getattr(two, part.name) + (getattr(four, part.name) - getattr(two, part.name)) * (layers - 2) // 2
+        for part in fields(Plan)
+    }
+    return Plan(**parts)
+
+
+def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, layers: int) -> Plan:
+    """With the first `layers` of the model, and as many slots as all of it would have."""
     found: dict[str, int] = {}
-    model = _model(config, model_config, dtype)
+    groups, sampling = config.train.prompts_per_step, _sampling(config)
+    model = _model(config, model_config, dtype, layers)
     with FakeTensorMode(), LiveBytes() as memory:
         _without_data(model)
         network = Network(model, 0, config.train.gradient_checkpointing)
@@ -100,32 +118,68 @@ def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: i
             memory.add(tensor)
         frozen = sum(_bytes(name, p, config) for name, p in network.model.named_parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in network.trainable().values())
-        sampling = _sampling(config)
-        prompts = [[0] * prompt_tokens] * group_count
-        slots = slot_count(prompts, sampling, network.token_bytes)
-        cache = GroupCache(
-            slots, line_count(slots, group_count, sampling.members), sampling.max_new_tokens, prompt_tokens
-        )
+        token_bytes = network.token_bytes * model_config.num_hidden_layers // layers
+        slots = slot_count([[0] * prompt_tokens] * groups, sampling, token_bytes)
+        lines = line_count(slots, groups, sampling.members)
+        cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
         with memory.above(found, "rollout"):
             _sample(network, cache, slots, sampling, prompt_tokens)
         kept = sum(tensor.nbytes for pair in (*cache.rows, *cache.lines) for tensor in pair)
         del cache
         with memory.above(found, "update"):
-            _teach(network, config, prompt_tokens, group_count)
-        transient = _largest_quantised(network.model, config)
+            _teach(network, config, prompt_tokens)
+        unpacked = _largest_quantised(network.model, config)
     return Plan(
         weights=int(frozen),
         adapter=int(trained * (4 + 4 + STATE_BYTES[config.train.optimizer])),
         cache=kept,
-        rollout=found["rollout"] - kept + transient,
-        update=found["update"] - 4 * trained + transient,  # the gradients are counted with the adapter
+        rollout=found["rollout"] - kept + unpacked,
+        update=found["update"] - 4 * trained + unpacked,  # the gradients are counted with the adapter
         slots=slots,
     )
 
 
-def _model(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
+def fitting(
+    config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, limit: int
+) -> tuple[Config, list[str]] | None:
+    """Change what harms least until the plan's peak is below `limit` (bytes): -> options, the changes; None: nothing
+    helps. No change alters what is computed, but for nf4 (rounded base weights) and 8-bit Adam.
+    """
+    changes: list[str] = []
+    row = prompt_tokens + config.rollout.max_new_tokens
+    while (found := plan(config, model_config, dtype, prompt_tokens)).peak > limit:
+        update_is_larger = found.update > found.cache + found.rollout
+        if update_is_larger and config.train.micro_batch_tokens > row:
+            change: tuple[str, str, Any] = (
+                "train",
+                "micro_batch_tokens",
+                max(row, config.train.micro_batch_tokens // 2),
+            )
+        elif not update_is_larger and found.slots > 1:
+            change = ("rollout", "max_rows", found.slots // 2)
+        elif update_is_larger and not config.train.gradient_checkpointing:
+            change = ("train", "gradient_checkpointing", True)
+        elif config.model.quantization == "none":
+            change = ("model", "quantization", "nf4")
+        elif config.train.optimizer == "adamw":
+            change = ("train", "optimizer", "adamw-8bit")
+        else:
+            return None
+        section, key, value = change
+        changed = getattr(config, section).model_copy(update={key: value})
+        config = config.model_copy(update={section: changed})
+        changes = [line for line in changes if not line.startswith(f"{section}.{key} ")]
+        changes.append(f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else value}")
+    return config, changes
+
+
+def _model(config: Config, model_config: Any, dtype: torch.dtype, layers: int) -> Any:
     from transformers import AutoModelForCausalLM
 
+    model_config = copy.deepcopy(model_config)
+    model_config.num_hidden_layers = layers
+    if getattr(model_config, "layer_types", None):
+        model_config.layer_types = model_config.layer_types[:layers]
     no_dropout(model_config)
     with torch.device("meta"):
         model = add_lora(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config.model)
@@ -176,10 +230,11 @@ def _sample(network: Network, cache: GroupCache, slots: int, sampling: Sampling,
     draw(logits, torch.zeros(slots, dtype=torch.float64), temperature=1.0)
 
 
-def _teach(network: Network, config: Config, prompt_tokens: int, group_count: int) -> None:
+def _teach(network: Network, config: Config, prompt_tokens: int) -> None:
     """Forward and backward of the largest micro-batch that the options allow."""
-    tokens = config.rollout.max_new_tokens
-    rows = [((p,) * prompt_tokens, (0,) * tokens) for p in range(group_count) for _ in range(config.rollout.group_size)]
+    answers, tokens = config.rollout.group_size, config.rollout.max_new_tokens
+    groups = range(config.train.prompts_per_step)
+    rows = [((p,) * prompt_tokens, (0,) * tokens) for p in groups for _ in range(answers)]
     batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
     logprobs, _ = network.logprobs(batch, config.rollout.temperature)
     logprobs.sum().backward()

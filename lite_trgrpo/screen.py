@@ -139,6 +139,38 @@ def diagnosis_table(result: Mapping[str, Any]) -> Iterator[Table]:
         yield table
 
 
+PARTS = {
+    "weights": "base weights",
+    "adapter": "adapter, gradients, optimizer",
+    "cache": "sampling: keys and values",
+    "rollout": "sampling: the rest",
+    "update": "update: activations and logits",
+    "overhead": "libraries",
+}
+
+
+def memory_tables(plan: Mapping[str, Any]) -> Iterator[Table]:
+    """`session.memory_plan`'s result. Sampling and update take turns, so the larger of them is in the peak."""
+    table = Table(title="memory", title_justify="left")
+    table.add_column("part")
+    table.add_column("MiB", justify="right")
+    for part, size in plan["parts"].items():
+        table.add_row(PARTS[part], f"{size / 2**20:,.0f}")
+    table.add_row("peak", f"{plan['peak'] / 2**20:,.0f}", style="bold")
+    table.add_row("there is", f"{plan['available'] / 2**20:,.0f}")
+    yield table
+
+
+def memory_line(plan: Mapping[str, Any]) -> str:
+    """The plan in a sentence, with what to change."""
+    taken = f"about {plan['peak'] / 2**30:.1f} of {plan['available'] / 2**30:.1f} GB, {plan['slots']} answers at a time"
+    if plan["fits"]:
+        return f"fits: {taken}"
+    if plan["changes"] is None:
+        return f"does not fit: {taken}; lower rollout.max_new_tokens or data.max_prompt_tokens, or take a smaller model"
+    return f"does not fit: {taken}; it does with {', '.join(plan['changes'])}"
+
+
 def comparison_table(objectives: Iterable[Mapping[str, Any]]) -> Table:
     """One row an objective, means over its seeds; in Markdown's borders, so that it can be pasted."""
     table = Table(title="held-out pass@1 and training, means over seeds", title_justify="left", box=box.MARKDOWN)

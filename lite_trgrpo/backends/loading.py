@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite_trgrpo.backends.weights import Located
+from lite_trgrpo.backends.weights import Located, locate_config
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.options import Model
@@ -29,6 +29,18 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_config(options: Model) -> Any:
+    """The base's transformers configuration, without its weights."""
+    from transformers import AutoConfig
+
+    folder = locate_config(options.name, options.revision, options.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
+    return config.get_text_config()
 
 
 def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:

@@ -57,6 +57,13 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
     return Located(folder, upstream or name, folder.name)
 
 
+def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
+    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
+    if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
+        return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
+    return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
+
+
 def _in_package(name: str) -> Path:
     """`NAME/FILE.gguf` -> the file inside the installed package, found without importing it."""
     if ".whl/" in name:
