@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.options import Config
+from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
@@ -32,7 +32,11 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
             raise RunError(f"{resume} has no whole checkpoint to continue from; start again with another --output")
         if (done := checkpoint.steps_done(found)) >= config.train.steps:
             raise RunError(f"{resume} has done {done} steps of {config.train.steps}; type --steps with a larger number")
-    scoring = scoring_of(config)
+    with scoring_of(config) as scoring:
+        return _train(config, output, resume, found, scoring)
+
+
+def _train(config: Config, output: Path, resume: Path | None, found: Path | None, scoring: rewards.Cage) -> Run:
     examples, heldout_examples = data.load(config.data, config.eval.rows)
     policy = _policy(config)
     training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
@@ -69,16 +73,16 @@ def train(config: Config, output: Path, resume: Path | None) -> Run:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
-    scoring = scoring_of(config)
-    heldout = _heldout(config)
-    policy = _policy(config)
-    encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
-    if too_long:
-        talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
-    return evaluation.evaluate(
-        policy, encoded, scoring, trainer.eval_sampling(config),
-        samples=config.eval.samples, solved_at=config.rewards.solved_at,
-    )  # fmt: skip
+    with scoring_of(config) as scoring:
+        heldout = _heldout(config)
+        policy = _policy(config)
+        encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
+        if too_long:
+            talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
+        return evaluation.evaluate(
+            policy, encoded, scoring, trainer.eval_sampling(config),
+            samples=config.eval.samples, solved_at=config.rewards.solved_at,
+        )  # fmt: skip
 
 
 def kl_to_base(config: Config, prompts: int = 64) -> float:
@@ -95,12 +99,13 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
     from lite_trgrpo import diagnose as diagnosis
 
-    scoring = scoring_of(config)
-    examples, _ = data.load(config.data, config.eval.rows)
-    policy = _policy(config)
-    training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
     sampled = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
-    groups, _ = trainer.rollout(sampled, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0})
+    clock = {"rollout_s": 0.0, "reward_s": 0.0}
+    with scoring_of(config) as scoring:
+        examples, _ = data.load(config.data, config.eval.rows)
+        policy = _policy(config)
+        training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+        groups, _ = trainer.rollout(sampled, policy, training, scoring, step=0, clock=clock)
     rows = prepare_rows(groups, config.objective, config.rollout.max_new_tokens)
     if not rows:
         raise RunError("no group has a spread of rewards, so there is no gradient to look at; try more --prompts")
@@ -138,13 +143,18 @@ def _heldout(config: Config) -> list[Example]:
     return heldout
 
 
-def scoring_of(config: Config) -> list[rewards.Reward]:
-    """The configured rewards; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
+def scoring_of(config: Config) -> rewards.Cage:
+    """The configured rewards, running; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
     cap = config.rollout.max_new_tokens
     options = dict(config.rewards.options)
     if "overlong" in config.rewards.functions:
         options["overlong"] = {"max_tokens": cap, "buffer": max(1, cap // 5)} | options.get("overlong", {})
-    return rewards.load(config.rewards.functions, options, config.rewards.must_stop)
+    return rewards.Cage(
+        config.rewards.functions, options, config.rewards.must_stop,
+        seconds=config.rewards.seconds, memory=memory_bytes(config.rewards.memory),
+        on_failure=config.rewards.on_failure,
+        tell=lambda line: talk.print(f"warning: {line}", markup=False, soft_wrap=True),
+    )  # fmt: skip
 
 
 def _policy(config: Config) -> "TransformersPolicy":

@@ -20,7 +20,7 @@ from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.options import Config, Train
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
-from lite_trgrpo.rewards import Reward, score
+from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.run import Run
 from lite_trgrpo.update import prepare_rows, update
 
@@ -56,7 +56,7 @@ def train(
     policy: Policy,
     training: Encoded,
     heldout: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     run: Run,
     listener: Listener,
     *,
@@ -72,10 +72,10 @@ def train(
         start = state["step"]
         run.cut_back(state["logs"])
     else:
-        _evaluate(config, policy, heldout, rewards, run, listener, step=0)
+        _evaluate(config, policy, heldout, scorer, run, listener, step=0)
     norms = [line["grad_norm"] for line in run.metrics()]
     for step in range(start, options.steps):
-        metrics, groups = _step(config, policy, optimizer, training, rewards, step)
+        metrics, groups = _step(config, policy, optimizer, training, scorer, step)
         norms.append(metrics["grad_norm"])
         metrics["grad_norm_variance"] = pvariance(norms[-NORM_WINDOW:])
         run.log_step(metrics, groups)
@@ -83,7 +83,7 @@ def train(
         done = step + 1
         last = done == options.steps
         if last or (config.eval.every and done % config.eval.every == 0):
-            _evaluate(config, policy, heldout, rewards, run, listener, step=done)
+            _evaluate(config, policy, heldout, scorer, run, listener, step=done)
         if last or (options.checkpoint_every and done % options.checkpoint_every == 0):
             checkpoint.save(run.checkpoints, done, trainable, optimizer, {"logs": run.offsets()})
     policy.save_adapter(run.adapter)
@@ -94,7 +94,7 @@ def _step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     training: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     step: int,
 ) -> tuple[Metrics, list[Group]]:
     """One batch: sample, score, update."""
@@ -102,7 +102,7 @@ def _step(
     learning_rate = learning_rate_at(step, config.train)
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate
-    groups, taught = rollout(config, policy, training, rewards, step, clock)
+    groups, taught = rollout(config, policy, training, scorer, step, clock)
     with _timed(clock, "update_s"):
         statistics = update(
             policy,
@@ -131,7 +131,7 @@ def rollout(
     config: Config,
     policy: Policy,
     training: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     step: int,
     clock: dict[str, float],
 ) -> tuple[list[Group], list[Group]]:
@@ -150,7 +150,7 @@ def rollout(
             completions = policy.sample([prompt for _, prompt in chosen], _sampling(config, step, refill))
             groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
         with _timed(clock, "reward_s"):
-            groups = score(groups, rewards)
+            groups = scorer.score(groups)
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:
@@ -190,7 +190,7 @@ def _evaluate(
     config: Config,
     policy: Policy,
     heldout: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     run: Run,
     listener: Listener,
     *,
@@ -200,7 +200,7 @@ def _evaluate(
         return
     started = time.perf_counter()
     result = evaluate(
-        policy, heldout, rewards, eval_sampling(config),
+        policy, heldout, scorer, eval_sampling(config),
         samples=config.eval.samples, solved_at=config.rewards.solved_at,
     )  # fmt: skip
     line: Metrics = {"step": step, **result}
@@ -232,6 +232,7 @@ def _rollout_metrics(groups: Sequence[Group], solved_at: float) -> Metrics:
         "groups_with_signal": fmean(has_signal(group) for group in groups),
         "truncated": fmean(not completion.stopped for completion in completions),
         "ungradable": len(completions) - len(rewards),
+        **failure_counts(groups),
         "length_mean": fmean(len(completion.ids) for completion in completions),
         "length_max": max(len(completion.ids) for completion in completions),
     }

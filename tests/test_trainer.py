@@ -12,9 +12,8 @@ from lite_trgrpo.checkpoint import newest
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
-from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.run import Run
-from tests.toy import ToyPolicy
+from tests.toy import InProcess, ToyPolicy
 
 BASE = {
     "model": {"name": "toy"},
@@ -45,7 +44,7 @@ def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = 
 
     listener = trainer.Listener(step=killer, evaluated=lambda line: None)
     trainer.train(
-        config, policy, encoded, encoded, load_rewards(config.rewards.functions, config.rewards.options), run, listener,
+        config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
         resume=newest(run.checkpoints) if resume else None,
     )  # fmt: skip
     return policy, run
