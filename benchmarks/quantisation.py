@@ -26,9 +26,9 @@ def scored(options: Config, run: Run, quantization: str, answers=None):
     policy = backend.load(model, seed=0)
     _, heldout = data.load(options.data, options.eval.rows)
     encoded, _ = trainer.encode(policy, heldout, options.data.max_prompt_tokens)
-    functions = session.scoring_of(options)
     sampling = trainer.eval_sampling(options)
-    result = evaluate.evaluate(policy, encoded, functions, sampling, samples=0, solved_at=options.rewards.solved_at)
+    with session.scoring_of(options) as scorer:
+        result = evaluate.evaluate(policy, encoded, scorer, sampling, samples=0, solved_at=options.rewards.solved_at)
     if answers is None:
         answers = [(prompt.ids, tuple(row["ids"])) for (_, prompt), row in zip(encoded, result["rows"], strict=True)]
     logprobs = []

@@ -232,9 +232,10 @@ def check(
     except ValueError as error:
         raise typer.BadParameter(f"--vram {vram!r} {error}") from None
     loaded = options.load(preset, config, set_)
-    from lite_trgrpo import screen, session
+    from lite_trgrpo import check as checks
+    from lite_trgrpo import screen
 
-    result, fitting = session.memory_plan(loaded, size)
+    result, fitting = checks.memory(loaded, size)
     if as_json:
         print(json.dumps(result))
     else:

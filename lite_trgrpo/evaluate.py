@@ -10,7 +10,7 @@ import torch
 from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.policy import Policy, sample_all
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
-from lite_trgrpo.rewards import Reward, score
+from lite_trgrpo.rewards import Scorer
 
 Estimate = dict[str, float]
 """A proportion or a difference, with its 95 % interval: value, low, high."""
@@ -37,7 +37,7 @@ def paired_gain(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
 def evaluate(
     policy: Policy,
     heldout: Sequence[tuple[Example, Prompt]],
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     sampling: Sampling,
     *,
     samples: int,
@@ -49,8 +49,8 @@ def evaluate(
     greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
     """
     prompts = [prompt for _, prompt in heldout]
-    greedy = _answers(policy, heldout, prompts, rewards, replace(sampling, members=1, greedy=True))
-    sampled = _answers(policy, heldout, prompts, rewards, replace(sampling, members=samples)) if samples else None
+    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True))
+    sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples)) if samples else None
     rows: list[dict[str, Any]] = []
     for i, (example, _) in enumerate(heldout):
         completion = greedy[i].completions[0]
@@ -61,10 +61,10 @@ def evaluate(
             "ids": list(completion.ids),
             "stopped": completion.stopped,
             "tokens": len(completion.ids),
-            "solved": bool(_solved(greedy[i], rewards, solved_at)[0]),
+            "solved": bool(_solved(greedy[i], solved_at)[0]),
         }
         if sampled is not None:
-            row["samples_solved"] = sum(_solved(sampled[i], rewards, solved_at))
+            row["samples_solved"] = sum(_solved(sampled[i], solved_at))
         rows.append(row)
     result: dict[str, Any] = {"pass@1": wilson([row["solved"] for row in rows])}
     if sampled is not None:
@@ -81,16 +81,17 @@ def _answers(
     policy: Policy,
     heldout: Sequence[tuple[Example, Prompt]],
     prompts: Sequence[Prompt],
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     sampling: Sampling,
 ) -> list[Group]:
     completions = sample_all(policy, prompts, sampling)
     groups = [Group(e, p, c) for (e, p), c in zip(heldout, completions, strict=True)]
-    return score(groups, rewards)
+    return scorer.score(groups)
 
 
-def _solved(group: Group, rewards: Sequence[Reward], solved_at: float) -> list[bool]:
-    return [value >= solved_at for value in group.parts[rewards[0].name]]  # NaN is not solved
+def _solved(group: Group, solved_at: float) -> list[bool]:
+    """By the first function; NaN is not solved."""
+    return [value >= solved_at for value in next(iter(group.parts.values()))]
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 """A run at work: what it works with, and how far it is."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lite_trgrpo.curriculum import SolveRates
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Prompt
-from lite_trgrpo.rewards import Reward
+from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.run import Run
 from lite_trgrpo.stopping import Stop
 
@@ -37,13 +38,14 @@ class Job:
     policy: Policy
     training: Encoded
     heldout: Encoded
-    rewards: Sequence[Reward]
+    scorer: Scorer
     run: Run
     listener: Listener
     stop: Stop
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     limits: Limits
+    rates: SolveRates = field(default_factory=SolveRates)
     step: int = 0
     """Steps that are done."""
     history: list[Metrics] = field(default_factory=list)

@@ -18,6 +18,12 @@ def has_signal(group: Group) -> bool:
     return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
 
 
+def solved_of(group: Group, solved_at: float) -> tuple[int, int]:
+    """-> answers solved, by the first function, and answers graded."""
+    graded = [value for value in next(iter(group.parts.values())) if not math.isnan(value)]
+    return sum(value >= solved_at for value in graded), len(graded)
+
+
 def of_rollout(groups: Sequence[Group], solved_at: float) -> dict[str, Any]:
     """Means over a step's completions; ungradable ones are counted apart."""
     completions = [completion for group in groups for completion in group.completions]

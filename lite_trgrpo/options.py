@@ -1,5 +1,6 @@
 """Every option of a run, once: type, default, help, unit. Nothing else in the project defines an option."""
 
+import math
 import re
 from typing import Any, Literal
 
@@ -108,12 +109,39 @@ class Rewards(Section):
     options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments by function name")
     must_stop: bool = Field(False, description="An answer that the token cap cut off gets at most 0 from each function")
     solved_at: float = Field(1.0, description="An answer is solved when the first function gives at least this")
+    seconds: float = Field(5.0, gt=0, description="Longest that a function may take for one answer (seconds)")
+    memory: str = Field("4GB", description="Most that the process of the functions may hold, e.g. 512MB (Linux only)")
+    on_failure: str | float = Field(
+        "skip",
+        description="Where a function hangs, crashes or raises: skip the answer (not gradable), fail the run, or a "
+        "number, its value for the answer",
+    )
 
     @field_validator("functions")
     @classmethod
     def _some_function(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
             raise ValueError("must name at least one function, e.g. { math = 1.0 }")
+        return value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_number_is_in_mb(cls, value: Any) -> Any:
+        return f"{value}MB" if type(value) is int else value
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, value: str) -> str:
+        if memory_bytes(value) < 2**28:
+            raise ValueError("must be at least 256MB; Python and the built-ins need that much")
+        return value
+
+    @field_validator("on_failure", mode="before")
+    @classmethod
+    def _known_policy(cls, value: Any) -> Any:
+        number = type(value) in (int, float) and math.isfinite(value)
+        if not number and value not in ("skip", "fail"):
+            raise ValueError("must be skip, fail or a number, e.g. -1.0")
         return value
 
     @model_validator(mode="after")
@@ -238,6 +266,9 @@ class Train(Section):
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: not by number of steps")
     checkpoint_minutes: float = Field(10, ge=0, description="Minutes after which there is one anyway; 0: never")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay, beside the one to fall back on")
+    prefer_half: bool = Field(
+        False, description="Of four prompts take the one whose remembered solve rate is nearest to 50 %; new ones first"
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 
     @field_validator("memory")

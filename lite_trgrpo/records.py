@@ -72,6 +72,8 @@ class Group:
     """Weighted sums; NaN = could not be graded, left out of the group's mean, std and count."""
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Each reward function's own values, unweighted, by name."""
+    failures: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """By reward function, the places of the completions that it did not get through: timeout, crash or error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ def save_if_due(job: Job) -> None:
 
 def save(job: Job, *, complete: bool = False) -> None:
     """Write a checkpoint and prune; `complete` says that the adapter and all scores are there too."""
-    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict()}
+    rates = [[prompt, *counts] for prompt, counts in sorted(job.rates.counts.items())]
+    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict(), "solve_rates": rates}
     checkpoint.save(job.run.checkpoints, job.step, job.trainable, job.optimizer, state)
     job.saved, job.saved_at = job.step, time.monotonic()
     best = max(job.evaluations, key=score_of, default=None)

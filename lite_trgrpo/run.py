@@ -132,7 +132,13 @@ def _rollout_line(group: Group) -> dict[str, Any]:
                 "stopped": completion.stopped,
                 "reward": None if reward != reward else reward,  # NaN is no JSON
                 "parts": {name: None if part[i] != part[i] else part[i] for name, part in group.parts.items()},
+                **({"failures": failed} if (failed := _failures(group, i)) else {}),
             }
             for i, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True))
         ],
     }
+
+
+def _failures(group: Group, i: int) -> dict[str, str]:
+    """Of completion i: the reward functions that did not get through it, and what happened."""
+    return {name: failed[i] for name, failed in group.failures.items() if i in failed}

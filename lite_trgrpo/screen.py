@@ -150,7 +150,7 @@ PARTS = {
 
 
 def memory_tables(plan: Mapping[str, Any]) -> Iterator[Table]:
-    """`session.memory_plan`'s result. Sampling and update take turns, so the larger of them is in the peak."""
+    """`check.memory`'s result. Sampling and update take turns, so the larger of them is in the peak."""
     table = Table(title="memory", title_justify="left")
     table.add_column("part")
     table.add_column("MiB", justify="right")

@@ -16,7 +16,7 @@ from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.job import Encoded, Listener
 from lite_trgrpo.lock import locked
-from lite_trgrpo.options import Config
+from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.run import Run
@@ -25,13 +25,9 @@ from lite_trgrpo.stopping import Stop, Stopped
 from lite_trgrpo.update import prepare_rows
 
 if TYPE_CHECKING:
-    import torch
-
     from lite_trgrpo.backends.transformers import TransformersPolicy
 
 CHATTING = 2  # stream of random numbers, beside the trainer's
-CARD_OVERHEAD = 600 * 2**20  # a CUDA context and what its libraries keep; an assumption until measured on a card
-DESKTOP = 512 * 2**20  # left for what else the card shows
 
 
 def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
@@ -47,7 +43,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
             run = Run.existing(resume)
             held.enter_context(locked(run.folder))
             found = _checkpoint_of(run, config.train.steps)
-        scoring = scoring_of(config)
+        scoring = held.enter_context(scoring_of(config))
         examples, heldout_examples = data.load(config.data, config.eval.rows)
         policy = _policy(config)
         training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
@@ -159,17 +155,17 @@ def _quoted(run: Run) -> str:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
-    scoring = scoring_of(config)
-    heldout = _heldout(config)
-    policy = _policy(config)
-    config = _with_cache(config, policy)
-    encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
-    if too_long:
-        talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
-    return evaluation.evaluate(
-        policy, encoded, scoring, trainer.eval_sampling(config),
-        samples=config.eval.samples, solved_at=config.rewards.solved_at,
-    )  # fmt: skip
+    with scoring_of(config) as scoring:
+        heldout = _heldout(config)
+        policy = _policy(config)
+        config = _with_cache(config, policy)
+        encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
+        if too_long:
+            talk.print(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
+        return evaluation.evaluate(
+            policy, encoded, scoring, trainer.eval_sampling(config),
+            samples=config.eval.samples, solved_at=config.rewards.solved_at,
+        )  # fmt: skip
 
 
 def kl_to_base(config: Config, prompts: int = 64) -> float:
@@ -187,13 +183,15 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
     from lite_trgrpo import diagnose as diagnosis
 
-    scoring = scoring_of(config)
-    examples, _ = data.load(config.data, config.eval.rows)
-    policy = _policy(config)
-    config = _with_cache(config, policy)
-    training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
-    sampled = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
-    groups, _ = trainer.rollout(sampled, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
+    with scoring_of(config) as scoring:
+        examples, _ = data.load(config.data, config.eval.rows)
+        policy = _policy(config)
+        config = _with_cache(config, policy)
+        training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+        groups, _ = trainer.rollout(
+            config, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0}
+        )
     rows = prepare_rows(groups, config.objective, config.rollout.max_new_tokens)
     if not rows:
         raise RunError("no group has a spread of rewards, so there is no gradient to look at; try more --prompts")
@@ -201,54 +199,6 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     result = diagnosis.quartile_gradients(policy, rows, config.objective, temperature, budget)
     result["single_tokens"] = diagnosis.token_gradient_norms(policy, rows, temperature, tokens=96)
     return {"prompts": prompts, "rows": len(rows), **result}
-
-
-def memory_plan(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | None]:
-    """What the run will take against what there is (bytes), and options that fit if these do not.
-
-    vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
-    `data.max_prompt_tokens` allows.
-    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps), "measured": this machine or not}
-    """
-    import torch
-
-    from lite_trgrpo.backends.loading import load_config, resolve_device, resolve_dtype
-    from lite_trgrpo.plan import fitting, plan
-
-    device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
-    assumed = config.model.dtype == "auto" and vram is not None
-    dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
-    shape, longest = load_config(config.model), config.data.max_prompt_tokens
-    overhead, available = _room(device, vram)
-    found = plan(config, shape, dtype, longest)
-    parts = {name: getattr(found, name) for name in ("weights", "adapter", "cache", "rollout", "update")}
-    result = {
-        "parts": {**parts, "overhead": overhead},
-        "peak": found.peak + overhead,
-        "available": available,
-        "slots": found.slots,
-        "fits": found.peak + overhead <= available,
-        "changes": [],
-    }
-    if result["fits"]:
-        return result, config
-    fit = fitting(config, shape, dtype, longest, available - overhead)
-    result["changes"] = None if fit is None else fit[1]
-    return result, None if fit is None else fit[0]
-
-
-def _room(device: "torch.device", vram: int | None) -> tuple[int, int]:
-    """-> what the libraries themselves take, and what there is for the run (bytes)."""
-    import torch
-
-    if vram is not None:
-        return CARD_OVERHEAD, vram - DESKTOP
-    if device.type == "cuda":
-        return CARD_OVERHEAD, torch.cuda.mem_get_info(device)[0] - DESKTOP
-    import psutil
-
-    taken = psutil.Process().memory_info().rss
-    return taken, psutil.virtual_memory().available + taken
 
 
 def chat(config: Config) -> None:
@@ -279,13 +229,18 @@ def _heldout(config: Config) -> list[Example]:
     return heldout
 
 
-def scoring_of(config: Config) -> list[rewards.Reward]:
-    """The configured rewards; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
+def scoring_of(config: Config) -> rewards.Cage:
+    """The configured rewards, running; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
     cap = config.rollout.max_new_tokens
     options = dict(config.rewards.options)
     if "overlong" in config.rewards.functions:
         options["overlong"] = {"max_tokens": cap, "buffer": max(1, cap // 5)} | options.get("overlong", {})
-    return rewards.load(config.rewards.functions, options, config.rewards.must_stop)
+    return rewards.Cage(
+        config.rewards.functions, options, config.rewards.must_stop,
+        seconds=config.rewards.seconds, memory=memory_bytes(config.rewards.memory),
+        on_failure=config.rewards.on_failure,
+        tell=lambda line: talk.print(f"warning: {line}", markup=False, soft_wrap=True),
+    )  # fmt: skip
 
 
 def _policy(config: Config) -> "TransformersPolicy":

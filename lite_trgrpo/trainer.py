@@ -3,23 +3,25 @@
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from statistics import pvariance
 from typing import Any
 
 from lite_trgrpo import checkpoint, guards, recovery
+from lite_trgrpo.curriculum import CHOICE, SolveRates
 from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.job import Encoded, Job, Listener, Metrics
 from lite_trgrpo.memory import Limits
-from lite_trgrpo.metrics import finite, has_signal, memory, of_rollout, timed
+from lite_trgrpo.metrics import finite, has_signal, memory, of_rollout, solved_of, timed
 from lite_trgrpo.optimizer import learning_rate_at, make_optimizer
 from lite_trgrpo.options import Config
-from lite_trgrpo.policy import Policy, sample_all
+from lite_trgrpo.policy import Policy, sample_groups
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.recovery import score_of
-from lite_trgrpo.rewards import Reward, score
+from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.run import Run
 from lite_trgrpo.stopping import Stop, Stopped
 from lite_trgrpo.update import prepare_rows, update
@@ -45,7 +47,7 @@ def train(
     policy: Policy,
     training: Encoded,
     heldout: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     run: Run,
     listener: Listener,
     stop: Stop,
@@ -60,7 +62,7 @@ def train(
     trainable = policy.trainable()
     optimizer = make_optimizer(list(trainable.values()), config.train)
     limits = Limits(config.train.micro_batch_tokens, config.rollout.max_rows)
-    job = Job(config, policy, training, heldout, rewards, run, listener, stop, trainable, optimizer, limits)
+    job = Job(config, policy, training, heldout, scorer, run, listener, stop, trainable, optimizer, limits)
     if resume is None:
         run.cut_back({})  # what a run wrote that was killed before its first checkpoint
     else:
@@ -68,6 +70,7 @@ def train(
         run.cut_back(state["logs"])
         job.step = job.saved = state["step"]
         limits.lower(**state["limits"])
+        job.rates = SolveRates({int(prompt): (solved, tried) for prompt, solved, tried in state["solve_rates"]})
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
         _loop(job)
@@ -87,7 +90,9 @@ def _loop(job: Job) -> None:
         recovery.save_if_due(job)
         clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
         with job.stop.interruptible():
-            groups, taught = rollout(config, job.policy, job.training, job.rewards, job.step, clock)
+            groups, taught = rollout(
+                config, job.policy, job.training, job.scorer, job.step, clock, job.limits, job.rates
+            )
         _learn(job, groups, taught, clock)
 
 
@@ -116,6 +121,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     metrics: Metrics = {
         "step": job.step + 1,
         **of_rollout(groups, config.rewards.solved_at),
+        **failure_counts(groups),
         **finite(statistics),
         "learning_rate": learning_rate,
         "tokens": tokens,
@@ -136,31 +142,49 @@ def rollout(
     config: Config,
     policy: Policy,
     training: Encoded,
-    rewards: Sequence[Reward],
+    scorer: Scorer,
     step: int,
     clock: dict[str, float],
+    limits: Limits | None = None,
+    rates: SolveRates | None = None,
 ) -> tuple[list[Group], list[Group]]:
     """-> every group that was sampled and scored, and those that go into the update.
 
-    With `top_up_rounds`, groups without signal are dropped and fresh prompts sampled in their place, for at most that
-    many rounds; never until a clock says so, or a run could not be repeated.
+    A group is scored as soon as it is whole, while others are still decoded. With `top_up_rounds`, groups without
+    signal are dropped and fresh prompts sampled in their place, for at most that many rounds; never until a clock says
+    so, or a run could not be repeated. With `rates` and `prefer_half`, prompts are chosen by them.
     """
     wanted = config.train.prompts_per_step
     every: list[Group] = []
     taught: list[Group] = []
     for refill in range(1 + config.rollout.top_up_rounds):
-        indices = batch(len(training), wanted, config.train.seed, step, refill)[: wanted - len(taught)]
-        chosen = [training[i] for i in indices]
+        missing = wanted - len(taught)
+        numbers = _chosen(config, len(training), step, refill, missing, rates)
+        chosen = [training[i] for i in numbers]
+        tickets: dict[int, Future[Group]] = {}
         with timed(clock, "rollout_s"):
-            completions = sample_all(policy, [prompt for _, prompt in chosen], _sampling(config, step, refill))
-            groups = [Group(e, p, c) for (e, p), c in zip(chosen, completions, strict=True)]
-        with timed(clock, "reward_s"):
-            groups = score(groups, rewards)
+            prompts = [prompt for _, prompt in chosen]
+            for p, completions in sample_groups(policy, prompts, _sampling(config, step, refill), limits):
+                tickets[p] = scorer.start(Group(*chosen[p], completions))
+        with timed(clock, "reward_s"):  # what was not done by the time that decoding was
+            groups = [tickets[p].result() for p in range(len(chosen))]
+        if rates is not None:
+            for i, group in zip(numbers, groups, strict=True):
+                rates.note(i, *solved_of(group, config.rewards.solved_at))
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:
             break
     return every, taught
+
+
+def _chosen(config: Config, count: int, step: int, refill: int, wanted: int, rates: SolveRates | None) -> Sequence[int]:
+    """Numbers of the training prompts of this round."""
+    size = config.train.prompts_per_step
+    if rates is None or not config.train.prefer_half:
+        return batch(count, size, config.train.seed, step, refill)[:wanted]
+    candidates = batch(count, min(count, CHOICE * size), config.train.seed, step, refill)
+    return rates.nearest_half(candidates, wanted)
 
 
 def _sampling(config: Config, step: int, refill: int) -> Sampling:
@@ -202,7 +226,7 @@ def _evaluate_if_due(job: Job) -> None:
     started = time.perf_counter()
     with job.stop.interruptible():
         result = evaluate(
-            job.policy, job.heldout, job.rewards, eval_sampling(config),
+            job.policy, job.heldout, job.scorer, eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,
         )  # fmt: skip
     line: Metrics = {"step": step, **result}

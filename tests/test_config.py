@@ -167,6 +167,12 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_that_are_allowed(o
         ("objective.beta=-0.1", r"objective\.beta = -0\.1: input should be greater than or equal to 0"),
         ("rewards.functions={}", r"rewards\.functions = \{\}: must name at least one function, e\.g\. \{ math = 1\.0"),
         ("rewards.options={math={}}", r"rewards.*: options for \['math'\] but functions only has \['exact'\]"),
+        ("rewards.on_failure=skp", r'rewards\.on_failure = "skp": must be skip, fail or a number, e\.g\. -1\.0'),
+        ("rewards.on_failure=true", r"rewards\.on_failure = true: must be skip, fail or a number"),
+        ("rewards.on_failure=nan", r"rewards\.on_failure = NaN: must be skip, fail or a number"),
+        ("rewards.memory=2", r"rewards\.memory = 2: must be at least 256MB"),
+        ("rewards.memory=2TB", r'rewards\.memory = "2TB": must be a size, e\.g\. 2GB or 512MB'),
+        ("rewards.memory=100MB", r'rewards\.memory = "100MB": must be at least 256MB'),
         ("model.name=", r'model\.name = "": '),
         ("data.source=''", r'data\.source = "": '),
     ],
@@ -369,7 +375,8 @@ def test_every_kind_of_value_reads_back_equal(toml):
         'model.prompt_format="Q: {prompt}\\n\\"A\\": \\\\ é"', 'model.lora_targets=["q_proj"]',
         "model.template_options={enable_thinking = false}", "data.options={first = [1, 2], deep = {x = [{y = 1.5}]}}",
         "rewards.functions={number = 1, 'own.py:my reward' = -0.5}", "rewards.options={'own.py:my reward' = {a = ''}}",
-        "train.learning_rate=1.2345678901234567e-7", "eval.max_new_tokens=5",
+        "train.learning_rate=1.2345678901234567e-7", "rewards.on_failure=-1", "rewards.memory=1.5 gb",
+        "eval.max_new_tokens=5",
     ])  # fmt: skip
     assert options.load(file=toml(options.to_toml(config))) == config
 

@@ -11,10 +11,9 @@ from lite_trgrpo import diagnose, trainer
 from lite_trgrpo.cli import app
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
-from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.update import prepare_rows, update
 from tests.test_trainer import BASE, EXAMPLES
-from tests.toy import ToyPolicy
+from tests.toy import InProcess, ToyPolicy
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def sampled():
     policy = ToyPolicy()
     encoded, _ = trainer.encode(policy, EXAMPLES, 8)
     clock = {"rollout_s": 0.0, "reward_s": 0.0}
-    groups, _ = trainer.rollout(config, policy, encoded, load_rewards({"exact": 1.0}, {}), 0, clock)
+    groups, _ = trainer.rollout(config, policy, encoded, InProcess({"exact": 1.0}), 0, clock)
     return policy, prepare_rows(groups, config.objective, 4)
 
 

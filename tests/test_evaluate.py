@@ -8,10 +8,9 @@ import pytest
 from lite_trgrpo.evaluate import Z, evaluate, paired_gain, wilson
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Prompt, Sampling
-from lite_trgrpo.rewards import load as load_rewards
-from tests.toy import ToyPolicy
+from tests.toy import InProcess, ToyPolicy
 
-EXACT = load_rewards({"exact": 1.0}, {})
+EXACT = InProcess({"exact": 1.0})
 
 
 def flags(solved: int, n: int) -> list[bool]:
@@ -181,7 +180,7 @@ def test_one_sample_does_not_replace_the_greedy_score():
 
 def test_solved_is_what_the_first_function_says():
     """The second gives 0 to every short answer; the sum of both would be another thing."""
-    rewards = load_rewards({"exact": 0.5, "overlong": 1.0}, {"overlong": {"max_tokens": 1, "buffer": 1}})
+    rewards = InProcess({"exact": 0.5, "overlong": 1.0}, {"overlong": {"max_tokens": 1, "buffer": 1}})
     assert scores(rewards=rewards)["pass@1"] == wilson([True, False, True, False])
 
 
@@ -190,7 +189,7 @@ def test_a_row_is_solved_from_the_threshold_on_and_never_where_it_could_not_be_g
     (tmp_path / "own.py").write_text(
         "def part(completions, **rest):\n    return [0, 0.5, 1, None][:len(completions)]\n"
     )
-    rewards = load_rewards({f"{tmp_path / 'own.py'}:part": 1.0}, {})
+    rewards = InProcess({f"{tmp_path / 'own.py'}:part": 1.0})
     assert [row["solved"] for row in scores(0, rewards, solved_at)["rows"]] == [bool(flag) for flag in solved]
 
 

@@ -37,7 +37,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rewards.gym": ("errors rewards.text", "reasoning_gym"),
     "rewards.loading": ("config errors rewards.gym rewards.maths rewards.puzzles rewards.text", ""),
     "rewards.scoring": ("errors records rewards.loading", ""),
-    "rewards": ("rewards.loading rewards.scoring", ""),
+    "rewards.wire": ("", ""),
+    "rewards.worker": ("errors records rewards.loading rewards.scoring rewards.wire", ""),
+    "rewards.process": ("rewards.worker", ""),
+    "rewards.cage": ("errors records rewards.process rewards.scoring rewards.wire rewards.worker", ""),
+    "rewards": ("rewards.cage rewards.loading rewards.scoring", ""),
     "attention": ("", "torch"),
     "rollout": ("", ""),
     "rollout.sampling": ("", "numpy torch"),
@@ -68,18 +72,20 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "run": ("config disk errors options records", ""),
     "evaluate": ("packing policy records rewards", "torch"),
     "metrics": ("records", "psutil torch"),
+    "curriculum": ("", ""),
     "guards": ("options", ""),
-    "job": ("memory options policy records rewards run stopping", "torch"),
+    "job": ("curriculum memory options policy records rewards run stopping", "torch"),
     "recovery": ("checkpoint guards job", ""),
     "trainer": (
-        "checkpoint data errors evaluate guards job memory metrics optimizer options policy records recovery rewards "
-        "run stopping update", ""
+        "checkpoint curriculum data errors evaluate guards job memory metrics optimizer options policy records "
+        "recovery rewards run stopping update", ""
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "plan": (
         "attention backends.loading backends.network options packing records rollout.cache rollout.engine "
         "rollout.sampling", "torch transformers"
     ),
+    "check": ("backends.loading options plan", "psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
@@ -87,7 +93,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "rewards run screen stopping trainer update", ""
     ),
     "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
-    "cli": ("__init__ compare config errors figures run screen session stopping", "typer"),
+    "cli": ("__init__ check compare config errors figures options run screen session stopping", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.

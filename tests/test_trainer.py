@@ -14,10 +14,9 @@ from lite_trgrpo.job import Listener
 from lite_trgrpo.optimizer import learning_rate_at
 from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
-from lite_trgrpo.rewards import load as load_rewards
 from lite_trgrpo.run import Run
 from lite_trgrpo.stopping import Stop
-from tests.toy import ToyPolicy
+from tests.toy import InProcess, ToyPolicy
 
 BASE = {
     "model": {"name": "toy"},
@@ -50,7 +49,7 @@ def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = 
 
     listener = Listener(step=killer, evaluated=lambda line: None, warned=lambda text: None)
     trainer.train(
-        config, policy, encoded, encoded, load_rewards(config.rewards.functions, config.rewards.options), run, listener,
+        config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
         Stop(), resume=newest(run.checkpoints) if resume else None,
     )  # fmt: skip
     return policy, run

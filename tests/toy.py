@@ -1,5 +1,6 @@
 """A policy small enough to read: a table of next-token logits. It learns in a second, on the trainer's own loop."""
 
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lite_trgrpo.logprobs import selected_logprobs
 from lite_trgrpo.records import Completion, Prompt
+from lite_trgrpo.rewards import load, score
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 
 VOCABULARY = "012345abc$"  # "$" ends an answer
@@ -76,3 +78,18 @@ class ToyPolicy:
     def save_adapter(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.adapter.detach(), folder / "adapter.pt")
+
+
+class InProcess:
+    """A Scorer without a process of its own: starting one would take longer than these runs do."""
+
+    def __init__(self, functions, options=None):
+        self.rewards = load(functions, options or {})
+
+    def start(self, group):
+        future = Future()
+        future.set_result(score([group], self.rewards)[0])
+        return future
+
+    def score(self, groups):
+        return score(groups, self.rewards)

@@ -1,15 +1,14 @@
 """Rewards for answers that are numbers or mathematics."""
 
 import re
-import threading
 from collections.abc import Sequence
 from decimal import Decimal
+from itertools import product
 from typing import Any
 
 from lite_trgrpo.rewards.text import completion_text
 
 TAIL = 2000  # characters of a completion that the mathematics parser gets to see; the answer stands at the end
-TIMEOUT = 5  # whole seconds that math-verify may take to parse, and again to compare, one answer
 
 # -- number -----------------------------------------------------------------------------------------------
 
@@ -81,9 +80,11 @@ def math_answer(
     Gold may be GSM8K's `... #### 42`, LaTeX with or without `$`, or plain; one that is empty, in words or
     cannot be parsed is not gradable.
 
-    In the main thread each parse and each comparison has 5 seconds; what takes longer scores 0 and is logged.
-    Time-outs are signals, which Python gives to the main thread only, so in any other thread there are none.
+    What math-verify takes too long over is not 0: the cage stops it and counts it. Its own time-outs are off: they
+    are signals, which only the main thread gets, and would turn a time-out into a 0.
     """
+    if not completions:  # `load` tries it with nothing: time to import and compile, not at the first answer
+        _parse("1")
     golds = {str(gold): _parse_gold(gold) for gold in answer}  # once for all completions of a prompt
     return [
         _verified(golds[str(gold)], completion_text(completion)) if golds[str(gold)] else None
@@ -92,12 +93,21 @@ def math_answer(
 
 
 def _verified(gold: list[Any], text: str) -> float:
-    from math_verify import verify
-
     tail = text[-TAIL:]
     answers = re.findall(r"<answer>(.*?)</answer>", tail, flags=re.DOTALL)
     found = _parse_bare(answers[-1].strip()) if answers else _parse(tail)
-    return float(verify(gold, found, timeout_seconds=_timeout()))
+    return float(any(_equal(one, other) for one, other in product(gold, found)))
+
+
+def _equal(gold: Any, found: Any) -> bool:
+    from math_verify import verify
+
+    try:
+        return verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    except MemoryError:  # the cage's to treat
+        raise
+    except Exception:  # sympy raises all kinds of things at strange expressions; none of them is the gold answer
+        return False
 
 
 def _parse_gold(gold: Any) -> list[Any]:
@@ -131,12 +141,10 @@ def _parse(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     # An escaped dollar is money, not mathematics, and makes math-verify find nothing in `\$1,000.00`.
-    return parse(
-        text.replace("\\$", ""),
-        extraction_config=[LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()],
-        parsing_timeout=_timeout(),
-    )
-
-
-def _timeout() -> int | None:
-    return TIMEOUT if threading.current_thread() is threading.main_thread() else None
+    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    try:
+        return parse(text.replace("\\$", ""), extraction_config=kinds, parsing_timeout=None, raise_on_error=True)
+    except MemoryError:  # the cage's to treat
+        raise
+    except Exception:  # what cannot be parsed is no answer
+        return []

@@ -2,19 +2,36 @@
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from lite_trgrpo.errors import LiteError, RewardError
 from lite_trgrpo.records import Group
 from lite_trgrpo.rewards.loading import Reward
 
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")  # TRL drops these columns too
+FAILURES = {"timeout": "reward_timeouts", "crash": "reward_crashes", "error": "reward_errors"}  # kind: its counter
+
+
+class FunctionRaisedError(RewardError):
+    """A reward function raised; its exception is the cause. In the cage that is treated by `rewards.on_failure`."""
+
+
+class Scorer(Protocol):
+    """What training and evaluation know about scoring: `Cage` in the product."""
+
+    def start(self, group: Group) -> Future[Group]:
+        """Score a group while others are still being sampled."""
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The same groups, in the same order, with `rewards`, `parts` and `failures` filled in."""
 
 
 def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> list[Group]:
-    """The same groups, in the same order, with `rewards` and `parts` filled in.
+    """The same groups, in the same order, with `rewards` and `parts` filled in; all in this process.
 
     Each function is called once with all B = sum of G completions. None becomes NaN. The total of an answer
     is the weighted sum of the parts that could be graded; NaN if no part with a weight other than 0 could.
@@ -22,50 +39,68 @@ def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> list[Group]:
     Raises RewardError, naming the function and the sample, when a function raises or gives anything but one
     finite number or None for each completion.
     """
-    if not any(len(group.completions) for group in groups):
-        return [replace(group, rewards=(), parts={reward.name: () for reward in rewards}) for group in groups]
-    parts = {reward.name: _values(reward, groups) for reward in rewards}
     weights = {reward.name: reward.weight for reward in rewards}
+    if not any(len(group.completions) for group in groups):
+        return [combined(group, {name: () for name in weights}, weights, {}) for group in groups]
+    parts = {reward.name: values(reward, groups) for reward in rewards}
     scored, start = [], 0
     for group in groups:
         stop = start + len(group.completions)
-        own = {name: tuple(values[start:stop]) for name, values in parts.items()}
-        totals = tuple(_total(weights, own, i) for i in range(stop - start))
-        scored.append(replace(group, rewards=totals, parts=own))
+        scored.append(combined(group, {name: part[start:stop] for name, part in parts.items()}, weights, {}))
         start = stop
     return scored
 
 
-def _total(weights: Mapping[str, float], parts: Mapping[str, Sequence[float]], i: int) -> float:
-    """Weighted sum over the graded parts of answer i; NaN if there is none."""
-    graded = [w * parts[name][i] for name, w in weights.items() if w != 0 and not math.isnan(parts[name][i])]
-    return math.fsum(graded) if graded else math.nan
+def combined(
+    group: Group,
+    parts: Mapping[str, Sequence[float]],
+    weights: Mapping[str, float],
+    failures: Mapping[str, Mapping[int, str]],
+) -> Group:
+    """The group with each function's values and their totals. An answer that failed and has no value has no total."""
+    totals = []
+    for i in range(len(group.completions)):
+        counted = [name for name, weight in weights.items() if weight != 0]
+        graded = [weights[name] * parts[name][i] for name in counted if not math.isnan(parts[name][i])]
+        lost = any(i in failures.get(name, {}) and math.isnan(parts[name][i]) for name in counted)
+        totals.append(math.fsum(graded) if graded and not lost else math.nan)
+    own = {name: tuple(part) for name, part in parts.items()}
+    return replace(group, rewards=tuple(totals), parts=own, failures=failures)
 
 
-def _values(reward: Reward, groups: Sequence[Group]) -> list[float]:
-    """One function's values for all completions: [B], NaN where it gave None."""
+def failure_counts(groups: Sequence[Group]) -> dict[str, int]:
+    """How many answers a function did not get through, by what happened, whatever they were given then."""
+    kinds = Counter(kind for group in groups for failed in group.failures.values() for kind in failed.values())
+    return {counter: kinds[kind] for kind, counter in FAILURES.items()}
+
+
+def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
+    """One function's values for all completions: [B], NaN where it gave None.
+
+    Raises FunctionRaisedError, and RewardError for what is no list of B finite numbers.
+    """
     arguments = _arguments(reward, groups)
     try:
         returned = reward.function(**arguments)
     except LiteError:  # a built-in's own message, already written for a person
         raise
     except Exception as error:
-        raise RewardError(
+        raise FunctionRaisedError(
             f"reward '{reward.name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
             f"(first row of the batch: {groups[0].example.origin}). Mend the function, or return None for an "
             "answer that cannot be graded"
         ) from error
     samples = [(group, completion) for group in groups for completion in group.completions]
     _check_shape(reward, returned, len(samples), groups[0].example.origin)
-    values = [
+    found = [
         math.nan if value is None else _number(reward, value, group.example.origin, completion.text)
         for value, (group, completion) in zip(returned, samples, strict=True)
     ]
     if not reward.must_stop:
-        return values
+        return found
     return [
         value if completion.stopped or math.isnan(value) else min(value, 0.0)
-        for value, (_, completion) in zip(values, samples, strict=True)
+        for value, (_, completion) in zip(found, samples, strict=True)
     ]
 
 
