@@ -24,8 +24,11 @@ class Limits:
     """Answers decoded side by side."""
 
     def fewer_tokens(self, used: int, rows: int) -> None:
-        """After a micro-batch of `rows` answers, `used` tokens with their prompts, did not fit."""
-        if rows <= 1:
+        """After a micro-batch of `rows` answers, `used` tokens with their prompts, did not fit.
+
+        An answer that is alone already gets one more chance, after what others held has been freed.
+        """
+        if rows <= 1 and self.tokens < used:
             raise OutOfMemoryError(_advice("one answer and its gradient do", "rollout.max_new_tokens"))
         self.tokens = min(self.tokens, used) // 2
 

@@ -1,0 +1,159 @@
+"""The plan against what is measured: bytes alive in real runs of the same options."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
+
+from lite_trgrpo import config as options
+from lite_trgrpo.backends.loading import add_lora, master_weights
+from lite_trgrpo.backends.network import Network
+from lite_trgrpo.cli import app
+from lite_trgrpo.packing import by_prompt
+from lite_trgrpo.plan import NF4_BYTES, _counted, _sampling, fitting, plan
+from lite_trgrpo.rollout.engine import Engine, line_count, slot_count
+from tests.tiny import KINDS, tiny_model
+
+PROMPT = 48
+SETTINGS = {
+    "as it is": {},
+    "longer answers": {"rollout.max_new_tokens": 96},
+    "larger groups": {"rollout.group_size": 16},
+    "smaller micro-batches": {"train.micro_batch_tokens": 128},
+    "checkpointing": {"train.gradient_checkpointing": True},
+    "little cache": {"rollout.cache_mib": 1},
+}
+
+
+@pytest.fixture
+def tiny(tiny_config):
+    def load(**changes):
+        base = {
+            "rollout.max_new_tokens": 32,
+            "rollout.group_size": 4,
+            "train.prompts_per_step": 3,
+            "model.lora_rank": 8,
+        }
+        given = base | {"train.micro_batch_tokens": 512} | changes
+        return options.load(file=tiny_config, overrides=[f"{key}={json.dumps(value)}" for key, value in given.items()])
+
+    return load
+
+
+def peak_of(work) -> int:
+    """Peak of torch's CPU allocator above where it was, as its own profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in seen.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    level = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_planned_update_is_the_allocators_peak(tiny, kind, changes):
+    """Within 10 %. Widths are larger than the other tests' so that activations outweigh the odd small buffer."""
+    config = tiny(**changes)
+    model = tiny_model(kind, hidden_size=128)
+    found = plan(config, model.config, torch.float32, PROMPT)
+    network = _real(model, config)
+    rows = [
+        ((p,) * PROMPT, (5,) * config.rollout.max_new_tokens)
+        for p in range(config.train.prompts_per_step) for _ in range(config.rollout.group_size)
+    ]  # fmt: skip
+    batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
+
+    def teach() -> None:
+        network.logprobs(batch, 1.0)[0].sum().backward()
+
+    teach()  # gradients exist from here on: the plan counts them with the adapter
+    assert found.update == pytest.approx(peak_of(teach), rel=0.10)
+
+
+@pytest.mark.parametrize("changes", [SETTINGS["as it is"], SETTINGS["little cache"]], ids=["as it is", "little cache"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
+    config = tiny(**changes)
+    model = tiny_model(kind, hidden_size=128)
+    found = plan(config, model.config, torch.float32, PROMPT)
+    network = _real(model, config)
+    sampling = _sampling(config)
+    prompts = [[7] * PROMPT] * config.train.prompts_per_step
+    slots = slot_count(prompts, sampling, network.token_bytes)
+    assert slots == found.slots
+
+    def decode() -> None:
+        list(Engine(network, prompts, sampling, frozenset(), slots).answers())
+
+    decode()
+    assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.15)
+    assert line_count(slots, len(prompts), sampling.members) >= 1
+
+
+def _real(model, config) -> Network:
+    adapted = add_lora(model, config.model)
+    master_weights(adapted)
+    return Network(adapted, 0, config.train.gradient_checkpointing)
+
+
+def test_parts_are_what_the_options_say(tiny):
+    model = tiny_model("llama")
+    one = plan(tiny(), model.config, torch.float32, PROMPT)
+    assert one.weights == sum(p.nbytes for p in model.parameters())
+    trained = sum(p.numel() for p in _real(tiny_model("llama"), tiny()).trainable().values())
+    assert one.adapter == trained * (4 + 4 + 8)
+    small = plan(tiny(**{"train.optimizer": "adamw-8bit"}), model.config, torch.float32, PROMPT)
+    assert small.adapter == trained * (4 + 4 + 2)
+    four_bit = plan(tiny(**{"model.quantization": "nf4"}), model.config, torch.bfloat16, PROMPT)
+    linear = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    rest = sum(p.numel() for name, p in model.named_parameters() if "proj" not in name)
+    assert four_bit.weights == int(linear * NF4_BYTES + rest * 2)
+
+
+def test_any_number_of_layers_follows_from_two_and_four(tiny):
+    """Six layers counted whole, and from two and four."""
+    shape = tiny_model("llama").config
+    shape.num_hidden_layers = 6
+    assert plan(tiny(), shape, torch.float32, PROMPT) == _counted(tiny(), shape, torch.float32, PROMPT, 6)
+
+
+def test_what_does_not_fit_is_made_to_with_the_least_harm(tiny):
+    shape, config = tiny_model("llama").config, tiny(**{"train.micro_batch_tokens": 2048})
+    whole = plan(config, shape, torch.float32, PROMPT)
+    assert fitting(config, shape, torch.float32, PROMPT, whole.peak) == (config, [])
+    smaller, changes = fitting(config, shape, torch.float32, PROMPT, whole.peak - 2**20)
+    assert plan(smaller, shape, torch.float32, PROMPT).peak <= whole.peak - 2**20
+    assert changes[0].startswith("train.micro_batch_tokens = ")
+    assert smaller.model == config.model, "a smaller micro-batch changes no result, so it comes before 4 bits"
+    assert fitting(config, shape, torch.float32, PROMPT, 1000) is None
+
+
+def test_the_command_says_whether_it_fits(tiny_config, tmp_path):
+    run = CliRunner()
+    fits = run.invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--json"])
+    assert fits.exit_code == 0, fits.output
+    result = json.loads(fits.stdout)
+    assert result["fits"] and result["changes"] == []
+    assert result["peak"] == sum(result["parts"].values()) - min(
+        result["parts"]["update"], result["parts"]["cache"] + result["parts"]["rollout"]
+    )
+    too_small = run.invoke(app, ["check", "--config", str(tiny_config), "--vram", "1.05GB"])
+    assert too_small.exit_code == 1 and "does not fit" in too_small.output
+    nonsense = run.invoke(app, ["check", "--config", str(tiny_config), "--vram", "lots"])
+    assert nonsense.exit_code == 2
+
+
+def test_options_that_fit_are_written_to_a_file(tiny_config, tmp_path):
+    file = tmp_path / "fits.toml"
+    done = CliRunner().invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--fit", str(file)])
+    assert done.exit_code == 0, done.output
+    assert options.load(file=file) == options.load(file=tiny_config)
