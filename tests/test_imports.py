@@ -61,7 +61,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "recovery": ("checkpoint guards job", ""),
     "trainer": (
         "checkpoint data errors evaluate guards job metrics optimizer options policy records recovery rewards run "
-        "stopping update", ""
+        "stopping update", "torch"
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "screen": ("", "rich"),

@@ -163,7 +163,7 @@ def test_ctrl_c_suspend_a_second_run_and_resume(tiny_config, tmp_path):
     run.send_signal(signal.SIGINT)
     asked = time.monotonic()
     assert run.wait() == 130
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 30  # one, on a machine that has nothing else to do
     assert (
         logs[0]
         .read_text()
