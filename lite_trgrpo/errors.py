@@ -18,7 +18,9 @@ class DataError(LiteError, ValueError):
 
 
 class OutOfMemoryError(LiteError, MemoryError):
-    """Even the smallest piece of work does not fit."""
+    """Even the smallest piece of work does not fit. `torn`: in the middle of a step that has changed the adapter."""
+
+    torn = False
 
 
 class RewardError(LiteError, ValueError):

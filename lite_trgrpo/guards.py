@@ -12,7 +12,7 @@ from typing import Any
 from lite_trgrpo.options import Guards
 
 SOLVED = 0.9  # share of answers from which on a policy that has stopped varying them is what one wants
-SPREAD = 0.25  # share of groups with signal that makes their vanishing remarkable
+LUCK = 1e-3  # chance below which silence is no luck
 RISE = 1.2  # an answer this much longer than at the start has grown
 
 Line = Mapping[str, Any]
@@ -28,8 +28,10 @@ class Light:
     advice: str
 
 
-def lights(history: Sequence[Line], evaluations: Sequence[Line], options: Guards, cap: int) -> list[Light]:
-    """All that are not green after the last line of `history` (metrics); `cap` is the rollout's, in tokens."""
+def lights(
+    history: Sequence[Line], evaluations: Sequence[Line], options: Guards, prompts: int, cap: int
+) -> list[Light]:
+    """All that are not green after the last line of `history` (metrics); `cap` is that of an answer, in tokens."""
     recent = history[restart(history) :]
     found = []
     for name, (beyond, advice) in _limits(options).items():
@@ -37,11 +39,15 @@ def lights(history: Sequence[Line], evaluations: Sequence[Line], options: Guards
         if beyond(recent[-1]):
             lasting = len(measured) >= options.window and all(measured[-options.window :])
             found.append(Light(name, "red" if lasting else "yellow", advice))
-    if _fell_silent(recent, options.window):
+    if _above(recent[-1].get("update_kl"), options.kl):
+        advice = f"one update moved the policy by more than {options.kl:g} nats a token. Lower train.learning_rate"
+        found.append(Light("update_kl", "red", advice))
+    if silence := _fell_silent(recent, options.window, prompts):
         advice = (
-            f"reward fell and no group had a spread for {options.window} steps: collapse. Lower train.learning_rate"
+            f"for {silence} steps no prompt had answers of different reward, so nothing is learned any more. Lower "
+            "train.learning_rate, or take prompts that are neither too easy nor too hard"
         )
-        found.append(Light("reward", "red", advice))
+        found.append(Light("signal", "red", advice))
     if _runs_to_the_cap(history, recent, options, cap):
         advice = (
             f"answers grow towards the cap of {cap} tokens. If reward does not grow with them, add the reward "
@@ -66,7 +72,7 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
             "lower train.learning_rate or set model.dtype to float32",
         ),
         "entropy": (
-            lambda line: _below(line.get("entropy"), options.entropy, line["solved"]),
+            lambda line: _below(line["entropy_sampled"], options.entropy, line["solved"]),
             f"answers hardly vary any more (entropy below {options.entropy:g}), so there is little left to learn from. "
             "Lower train.learning_rate, or raise objective.clip_high",
         ),
@@ -95,14 +101,14 @@ def _below(value: float | None, limit: float, solved: float) -> bool | None:
     return None if value is None else value < limit and solved < SOLVED
 
 
-def _fell_silent(recent: Sequence[Line], window: int) -> bool:
-    """No signal over the window, though there was some before, and no reward above the lowest before."""
-    before, now = recent[-2 * window : -window], recent[-window:]
-    rewards, earlier = ([line["reward_mean"] for line in part] for part in (now, before))
-    if not before or None in rewards or None in earlier or any(line["groups_with_signal"] for line in now):
-        return False
-    spread = fmean(line["groups_with_signal"] for line in before)
-    return spread >= SPREAD and max(rewards) <= min(earlier) and fmean(rewards) < fmean(earlier)
+def _fell_silent(recent: Sequence[Line], window: int, prompts: int) -> int:
+    """Steps for which no group has had a spread of rewards, if that is no luck given how many had before; else 0."""
+    loud = [i for i, line in enumerate(recent) if line["groups_with_signal"]]
+    steps = len(recent) - 1 - (loud[-1] if loud else len(recent))
+    if steps < window or fmean(line["solved"] for line in recent[-steps:]) >= SOLVED:
+        return 0
+    share = fmean(line["groups_with_signal"] for line in recent[:-steps][-2 * window :])
+    return steps if (1 - share) ** (steps * prompts) < LUCK else 0
 
 
 def _runs_to_the_cap(history: Sequence[Line], recent: Sequence[Line], options: Guards, cap: int) -> bool:
@@ -141,8 +147,15 @@ def rollbacks(history: Sequence[Line]) -> int:
 
 
 def good_steps(history: Sequence[Line], saved: Collection[int]) -> list[int]:
-    """Those of the steps `saved` after which the next step raised no light, newest first.
+    """Those of the steps `saved` that can be fallen back on, newest first.
 
-    Line i is of step i + 1, whose answers were sampled by the adapter of step i: they show what that is worth.
+    Line i is of step i + 1, whose answers were sampled by the adapter of step i. It vouches for that adapter if it
+    raised no light (but the one that is about the update after it) and its answers differed in reward, or were right.
     """
-    return [step for step in range(len(history) - 1, -1, -1) if step in saved and not history[step]["guards"]]
+    return [
+        step
+        for step, line in reversed(list(enumerate(history)))
+        if step in saved
+        and line["guards"].keys() <= {"update_kl"}
+        and (line["groups_with_signal"] or line["solved"] >= SOLVED)
+    ]

@@ -42,6 +42,7 @@ def of_rollout(groups: Sequence[Group], solved_at: float) -> dict[str, Any]:
         "groups_with_signal": fmean(has_signal(group) for group in groups),
         "truncated": fmean(not completion.stopped for completion in completions),
         "ungradable": len(completions) - len(rewards),
+        "entropy_sampled": -fmean(logprob for completion in completions for logprob in completion.logprobs),
         "length_mean": fmean(len(completion.ids) for completion in completions),
         "length_max": max(len(completion.ids) for completion in completions),
     }

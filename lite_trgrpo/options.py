@@ -303,9 +303,15 @@ class Guards(Section):
         "then it ends. 0: lights only",
     )
     window: int = Field(5, ge=2, description="Steps in a row that turn a yellow light red")
-    entropy: float = Field(0.01, ge=0, description="Below it answers hardly vary: collapse, unless solved (nats)")
+    entropy: float = Field(
+        0.01, ge=0, description="entropy_sampled below which answers hardly vary: collapse, unless solved (nats)"
+    )
     grad_norm: float = Field(10.0, gt=0, description="Above it the gradient has blown up (before clipping)")
-    kl: float = Field(2.0, gt=0, description="Above it the policy has left its base (with objective.beta > 0; nats)")
+    kl: float = Field(
+        2.0,
+        gt=0,
+        description="Above it the policy has left its base (objective.beta > 0), or itself in one step (nats)",
+    )
     truncated: float = Field(0.95, gt=0, le=1, description="From this share on all answers count as cut off")
     length: float = Field(0.9, gt=0, le=1, description="Mean length that runs to the cap, as a share of the cap")
 

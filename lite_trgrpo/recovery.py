@@ -38,8 +38,10 @@ def score_of(line: Metrics) -> float:
 
 def watch(job: Job, metrics: Metrics) -> str | None:
     """Light the lights and roll back if one is red; -> why the run must end here, if it must."""
-    options = job.config.guards
-    lights = guards.lights(job.history, job.evaluations, options, job.config.rollout.max_new_tokens)
+    config, options = job.config, job.config.guards
+    lights = guards.lights(
+        job.history, job.evaluations, options, config.train.prompts_per_step, config.rollout.max_new_tokens
+    )
     before = job.history[-2]["guards"] if len(job.history) > 1 else {}
     metrics["guards"] = {light.name: light.colour for light in lights}
     for light in lights:

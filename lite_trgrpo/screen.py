@@ -4,10 +4,11 @@ import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -16,24 +17,29 @@ from rich.text import Text
 class _Stderr(io.TextIOBase):
     """sys.stderr as it is at the moment. A terminal that was closed is talked to in vain, not a reason to stop."""
 
+    @property
+    def file(self) -> TextIO:
+        """Under what a live display has put over it, which writes here."""
+        return cast(TextIO, sys.stderr.rich_proxied_file) if isinstance(sys.stderr, FileProxy) else sys.stderr
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute in io.TextIOBase
+        return self.file.encoding
+
     def write(self, text: str) -> int:
         with suppress(OSError):
-            sys.stderr.write(text)
+            self.file.write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError):
-            sys.stderr.flush()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]  # io.TextIOBase has a plain attribute here
-        return sys.stderr.encoding
+            self.file.flush()
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return self.file.isatty()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self.file.fileno()
 
 
 talk = Console(file=cast(IO[str], _Stderr()), highlight=False)

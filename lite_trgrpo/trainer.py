@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import pvariance
 from typing import Any
 
+import torch
+
 from lite_trgrpo import checkpoint, guards, recovery
 from lite_trgrpo.curriculum import CHOICE, SolveRates
 from lite_trgrpo.data import batch
-from lite_trgrpo.errors import DataError
+from lite_trgrpo.errors import DataError, OutOfMemoryError
 from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.job import Encoded, Job, Listener, Metrics
 from lite_trgrpo.memory import Limits
@@ -27,6 +29,7 @@ from lite_trgrpo.stopping import Stop, Stopped
 from lite_trgrpo.update import prepare_rows, update
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
+PROBED = 4  # answers on which an update's effect is measured
 NORM_WINDOW = 20  # steps over which the running variance of the gradient norm is taken
 
 
@@ -77,6 +80,10 @@ def train(
     except Stopped:
         recovery.finish(job, complete=False)
         raise
+    except OutOfMemoryError as error:
+        if not error.torn:
+            recovery.finish(job, complete=False)
+        raise
     recovery.finish(job, complete=True)
 
 
@@ -116,11 +123,13 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
         )
     if not sound:  # as if the loss had come out so
         statistics["updates_skipped"] = config.train.updates_per_batch
+    elif drift := _drift(job.policy, taught, config.rollout.temperature):
+        statistics["update_kl"] = drift
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
     clock["tokens_per_s"] = tokens / clock["rollout_s"]
     metrics: Metrics = {
         "step": job.step + 1,
-        **of_rollout(groups, config.rewards.solved_at),
+        **finite(of_rollout(groups, config.rewards.solved_at)),
         **failure_counts(groups),
         **finite(statistics),
         "learning_rate": learning_rate,
@@ -136,6 +145,20 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     job.listener.step(metrics)
     if trouble is not None:
         raise Stopped(trouble, 1)
+
+
+@torch.no_grad()
+def _drift(policy: Policy, taught: Sequence[Group], temperature: float) -> float | None:
+    """KL from the policy that sampled to the one after the update, on a few of its answers (nats a token).
+
+    A ruined policy may get no reward any more, hence no further update to see it by; here it shows at once.
+    """
+    answers = [(group.prompt.ids, c) for group in taught if has_signal(group) for c in group.completions][:PROBED]
+    if not answers:
+        return None
+    logprobs, _ = policy.logprobs([(ids, completion.ids) for ids, completion in answers], temperature)
+    before = [sum(completion.logprobs) for _, completion in answers]
+    return (sum(before) - logprobs.sum().item()) / sum(len(completion.ids) for _, completion in answers)
 
 
 def rollout(

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lite_trgrpo.errors import OutOfMemoryError
 from lite_trgrpo.memory import Limits, free, ran_out
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.options import Objective
@@ -96,11 +97,16 @@ def update(
         loss.backward()
         return loss.item(), statistics
 
-    losses, norms, skipped = [], [], 0
+    losses: list[float] = []
+    norms, skipped = [], 0
     statistics: list[TokenStatistics] = []
     for _ in range(updates if rows else 0):
         optimizer.zero_grad()
-        parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
+        try:
+            parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
+        except OutOfMemoryError as error:
+            error.torn = bool(losses)
+            raise
         loss = sum(part for part, _ in parts)
         statistics += [part for _, part in parts]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()

@@ -66,7 +66,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch transformers",
     ),
     "weighting": ("objective options", "torch"),
-    "update": ("memory objective options packing policy records tokenstats weighting", "torch"),
+    "update": ("errors memory objective options packing policy records tokenstats weighting", "torch"),
     "optimizer": ("options", "bitsandbytes torch"),
     "checkpoint": ("disk errors", "safetensors torch"),
     "run": ("config disk errors options records", ""),
@@ -78,7 +78,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "recovery": ("checkpoint guards job", ""),
     "trainer": (
         "checkpoint curriculum data errors evaluate guards job memory metrics optimizer options policy records "
-        "recovery rewards run stopping update", ""
+        "recovery rewards run stopping update", "torch"
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "plan": (

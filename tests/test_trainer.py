@@ -30,13 +30,21 @@ BASE = {
 EXAMPLES = [Example(str(i), {"answer": "abc"[i % 3]}, f"toy:{i}") for i in range(6)]
 
 
-def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = None, resume: bool = False):
-    """Train the toy; -> (policy, run). `stop_after` steps it is killed, after the checkpoint if one is due."""
+def run_toy(
+    folder: Path,
+    changes: dict | None = None,
+    stop_after: int | None = None,
+    resume: bool = False,
+    policy: ToyPolicy | None = None,
+    stop: Stop | None = None,
+    said: list[str] | None = None,
+):
+    """Train the toy; -> (policy, run). After the step `stop_after` it is killed, before a checkpoint."""
     settings = {section: {**values, **(changes or {}).get(section, {})} for section, values in BASE.items()}
     for section, values in (changes or {}).items():
         settings.setdefault(section, values)
     config = options.validate(settings)
-    policy = ToyPolicy()
+    policy = policy or ToyPolicy()
     encoded, _ = trainer.encode(policy, EXAMPLES, 8)
     run = Run(folder)
     if not resume:
@@ -47,10 +55,10 @@ def run_toy(folder: Path, changes: dict | None = None, stop_after: int | None = 
         if metrics["step"] == stop_after:
             raise KeyboardInterrupt
 
-    listener = Listener(step=killer, evaluated=lambda line: None, warned=lambda text: None)
+    listener = Listener(step=killer, evaluated=lambda line: None, warned=[].append if said is None else said.append)
     trainer.train(
         config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
-        Stop(), resume=newest(run.checkpoints) if resume else None,
+        stop or Stop(), resume=newest(run.checkpoints) if resume else None,
     )  # fmt: skip
     return policy, run
 
