@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo import __version__, checkpoint, data, rewards, screen, trainer
+from lite_trgrpo import __version__, checkpoint, data, memory, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.job import Encoded, Listener
@@ -245,7 +245,12 @@ def scoring_of(config: Config) -> rewards.Cage:
 
 def _policy(config: Config) -> "TransformersPolicy":
     from lite_trgrpo.backends import transformers
+    from lite_trgrpo.backends.loading import resolve_device
 
+    if config.train.memory is not None:
+        device = resolve_device(config.model.device)
+        if not memory.cap(memory_bytes(config.train.memory), device):
+            talk.print("warning: train.memory is not kept to: this system cannot limit a process on CPU")
     return transformers.load(
         config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
     )

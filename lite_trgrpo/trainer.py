@@ -26,7 +26,7 @@ from lite_trgrpo.recovery import score_of
 from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.run import Run
 from lite_trgrpo.stopping import Stop, Stopped
-from lite_trgrpo.update import prepare_rows, update
+from lite_trgrpo.update import prepare_rows, probe, update
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 PROBED = 4  # answers on which an update's effect is measured
@@ -76,6 +76,7 @@ def train(
         job.rates = SolveRates({int(prompt): (solved, tried) for prompt, solved, tried in state["solve_rates"]})
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
+        _probe(job)
         _loop(job)
     except Stopped:
         recovery.finish(job, complete=False)
@@ -85,6 +86,21 @@ def train(
             recovery.finish(job, complete=False)
         raise
     recovery.finish(job, complete=True)
+
+
+def _probe(job: Job) -> None:
+    """Where memory is limited: does the largest micro-batch fit? Now rather than at the longest sample, hours later."""
+    config, before = job.config, job.limits.tokens
+    if not (torch.cuda.is_initialized() or config.train.memory):
+        return
+    longest = max((prompt.ids for _, prompt in job.training), key=len)
+    answers = config.train.prompts_per_step * config.rollout.group_size
+    with job.stop.interruptible():
+        probe(job.policy, longest, answers, config.rollout.max_new_tokens, config.rollout.temperature, job.limits)
+    if job.limits.tokens < before:
+        job.listener.warned(
+            f"micro-batches of {before} tokens do not fit in memory; they have at most {job.limits.tokens} now"
+        )
 
 
 def _loop(job: Job) -> None:

@@ -12,7 +12,7 @@ from lite_trgrpo.errors import OutOfMemoryError
 from lite_trgrpo.memory import Limits, free, ran_out
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.options import Objective
-from lite_trgrpo.packing import by_prompt
+from lite_trgrpo.packing import Ids, by_prompt
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.tokenstats import TokenStatistics, merged
@@ -123,6 +123,26 @@ def update(
         "updates_skipped": skipped,
         **merged(statistics).report(*weight_range(objective, mean_weight)),
     }
+
+
+def probe(policy: Policy, prompt_ids: Ids, answers: int, tokens: int, temperature: float, limits: Limits) -> None:
+    """Forward and backward of the worst case, so that what does not fit shows now and `limits` come down before step 1.
+
+    prompt_ids: the longest prompt; answers: of a step, `tokens` ids each. Nothing is learned.
+    """
+    longest = Completion(prompt_ids[:1] * tokens, (True,) * tokens, (0.0,) * tokens, "", False)
+    parameters = policy.trainable().values()
+
+    def forget() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def work(batch: Sequence[Row]) -> None:
+        logprobs, _ = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
+        logprobs.sum().backward()
+
+    in_pieces([Row(prompt_ids, longest, 1.0, 1.0)] * answers, limits, work, forget)
+    forget()
 
 
 def in_pieces(

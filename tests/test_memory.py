@@ -8,13 +8,16 @@ import psutil
 import pytest
 import torch
 
-from lite_trgrpo import memory
+from lite_trgrpo import checkpoint, memory, session
+from lite_trgrpo import config as options
 from lite_trgrpo.backends import transformers as backend
+from lite_trgrpo.backends.network import Network
 from lite_trgrpo.errors import OutOfMemoryError
 from lite_trgrpo.memory import Limits, ran_out
 from lite_trgrpo.options import Model, Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
+from lite_trgrpo.stopping import Stop
 from lite_trgrpo.update import micro_batches, prepare_rows, update
 from tests.tiny import KINDS, tiny_model_folder
 from tests.toy import ToyPolicy
@@ -220,3 +223,29 @@ def test_the_toy_learns_alike_with_any_limit():
     assert sample_all(policy, [policy.encode("1")], Sampling(4, 6), Limits(1, 1)) == sample_all(
         policy, [policy.encode("1")], Sampling(4, 6)
     )
+
+
+def test_a_run_with_little_memory_comes_down_before_step_1_and_ends_alike(tiny_config, tmp_path, monkeypatch):
+    """The probe meets a lack of memory for more than 30 tokens at a time; the run is that of smaller micro-batches."""
+    loaded = options.load(file=tiny_config, overrides=["train.memory=64GB"])
+    monkeypatch.setattr(memory, "cap", lambda limit, device: True)  # of this process, which has other tests to run
+    hidden, said = Network.hidden, []
+
+    def narrow(self, ids, positions, groups):
+        if torch.is_grad_enabled() and ids.shape[1] > 30:
+            raise RuntimeError(NO_MEMORY)
+        return hidden(self, ids, positions, groups)
+
+    monkeypatch.setattr(Network, "hidden", narrow)
+    monkeypatch.setattr(session.talk, "print", lambda text="", **_: said.append(str(text)))
+    run = session.train(loaded, tmp_path / "run", None, Stop())
+    assert any("do not fit in memory; they have at most" in line for line in said)
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    assert all(line["updates_skipped"] == 0 for line in run.metrics())
+
+
+def test_a_run_that_never_fits_ends_with_a_checkpoint_and_a_message(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Network, "logprobs", lambda *_: (_ for _ in ()).throw(RuntimeError(NO_MEMORY)))
+    with pytest.raises(OutOfMemoryError, match="lite-trgrpo check"):
+        session.train(options.load(file=tiny_config), tmp_path / "run", None, Stop())
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
