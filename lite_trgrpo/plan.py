@@ -120,7 +120,7 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
         trained = sum(p.numel() for p in network.trainable().values())
         token_bytes = network.token_bytes * model_config.num_hidden_layers // layers
         slots = slot_count([[0] * prompt_tokens] * groups, sampling, token_bytes)
-        lines = line_count(slots, groups, sampling.members)
+        lines = line_count(slots, groups)
         cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
         with memory.above(found, "rollout"):
             _sample(network, cache, slots, sampling, prompt_tokens)

@@ -89,8 +89,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.loading backends.transformers checkpoint data diagnose errors evaluate job lock memory options "
-        "policy records rewards run screen stopping trainer update", ""
+        "__init__ backends.loading backends.transformers checkpoint data diagnose errors evaluate job lock memory "
+        "options policy records rewards run screen stopping trainer update", ""
     ),
     "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
     "cli": ("__init__ check compare config errors figures options run screen session stopping", "typer"),

@@ -13,7 +13,7 @@ from lite_trgrpo.backends.network import Network
 from lite_trgrpo.cli import app
 from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.plan import NF4_BYTES, _counted, _sampling, fitting, plan
-from lite_trgrpo.rollout.engine import Engine, line_count, slot_count
+from lite_trgrpo.rollout.engine import Engine, slot_count
 from tests.tiny import KINDS, tiny_model
 
 PROMPT = 48
@@ -96,7 +96,6 @@ def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
 
     decode()
     assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.15)
-    assert line_count(slots, len(prompts), sampling.members) >= 1
 
 
 def _real(model, config) -> Network:

@@ -125,7 +125,7 @@ class TransformersPolicy:
             )
         try:
             wrong = self.network.groups_differ()
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
             wrong = first_line(error)
         self.network.by_groups = not wrong
         if wrong:

@@ -16,7 +16,7 @@ class GroupCache:
     """Rows are answers, lines are prompts. Allocated layer by layer when the first prompt passes through."""
 
     def __init__(self, rows: int, lines: int, row_tokens: int, line_tokens: int) -> None:
-        self.size = (rows, lines, _bucket(row_tokens), _bucket(line_tokens))
+        self.size = (rows, lines, bucket(row_tokens), bucket(line_tokens))
         self.rows: list[tuple[Tensor, Tensor]] = []  # for each layer keys and values [rows, K, row_tokens, D]
         self.lines: list[tuple[Tensor, Tensor]] = []  # [lines, K, line_tokens, D]
         self.bytes_moved = 0
@@ -79,7 +79,7 @@ class GroupCache:
         )
         self._prompts, self._tokens = layout[2], layout[3]
         self._row = torch.arange(len(lines), device=device)
-        self._line_tokens, self._row_tokens = _bucket(max(prompts)), _bucket(max(tokens) + 1)
+        self._line_tokens, self._row_tokens = bucket(max(prompts)), bucket(max(tokens) + 1)
         self._masks = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -90,10 +90,11 @@ class GroupCache:
         row_v[self._row, :, self._tokens] = v[:, :, 0]
         row_k, row_v = (x[:rows, :, : self._row_tokens] for x in (row_k, row_v))
         line_k, line_v = (x[: self._lines, :, : self._line_tokens] for x in (line_k, line_v))
-        q = q.view(rows, k.shape[1], -1, width)  # the queries that share a key-value head side by side
+        # scaled before the product: q k^T itself may be beyond fp16
+        q = (q * scaling).view(rows, k.shape[1], -1, width)  # the queries that share a key-value head side by side
         shared = self._by_row(self._by_line(q) @ line_k.transpose(-1, -2))
         scores = torch.cat([shared, q @ row_k.transpose(-1, -2)], -1)
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scaling + self._mask(window)
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) + self._mask(window)
         weights = torch.softmax(scores, -1).to(q.dtype)
         shared, own = weights.split([self._line_tokens, self._row_tokens], -1)
         out = own @ row_v + self._by_row(self._by_line(shared) @ line_v)
@@ -131,5 +132,5 @@ class GroupCache:
         return self._masks[window]
 
 
-def _bucket(tokens: int) -> int:
+def bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lite_trgrpo.attention import Attend, Packed
 from lite_trgrpo.records import Sampling
-from lite_trgrpo.rollout.cache import GroupCache
+from lite_trgrpo.rollout.cache import GroupCache, bucket
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 
 READ_AT_ONCE = 4096  # prompt tokens of one forward
@@ -83,7 +83,7 @@ class Engine:
     ) -> None:
         """`wanted`: which members of each prompt; all if not given."""
         self.decoder, self.prompts, self.sampling, self.end_ids = decoder, prompts, sampling, end_ids
-        self.slots, self.max_lines = slots, line_count(slots, len(prompts), sampling.members)
+        self.slots, self.max_lines = slots, line_count(slots, len(prompts))
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.cache = GroupCache(slots, self.max_lines, sampling.max_new_tokens, longest)
         self.counts = Counts()
@@ -209,9 +209,9 @@ class Engine:
             answer.key = key
 
 
-def line_count(slots: int, prompts: int, members: int) -> int:
-    """Prompts held at a time: enough for full slots while some groups are down to their last answers."""
-    return max(1, min(slots, prompts, 2 * -(-slots // members) + 1))
+def line_count(slots: int, prompts: int) -> int:
+    """Prompts held at a time: as many as rows, so that no slot is idle when each group is down to its last answer."""
+    return max(1, min(slots, prompts))
 
 
 def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int) -> int:
@@ -222,8 +222,8 @@ def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes
     longest = max((len(prompt) for prompt in prompts), default=0)
 
     def needed(rows: int) -> int:
-        lines = line_count(rows, len(prompts), sampling.members)
-        return token_bytes * (rows * sampling.max_new_tokens + lines * longest)
+        lines = line_count(rows, len(prompts))
+        return token_bytes * (rows * bucket(sampling.max_new_tokens) + lines * bucket(longest))
 
     wanted = min(sampling.max_rows, len(prompts) * sampling.members)
     return next((rows for rows in range(wanted, 1, -1) if needed(rows) <= sampling.cache_bytes), 1)
