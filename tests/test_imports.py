@@ -61,13 +61,23 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "__init__ backends.transformers checkpoint data diagnose errors evaluate options records rewards run screen "
         "trainer update", ""
     ),
+    "merge": ("errors", "safetensors torch"),
+    "llamacpp": ("errors", "llama_cpp transformers"),
+    "backends.llamacpp": ("backends.template errors options policy records", "llama_cpp torch transformers"),
+    "probe": (
+        "backends.llamacpp backends.transformers config data errors evaluate llamacpp options packing session trainer",
+        "torch",
+    ),
+    "export": ("backends.weights errors evaluate llamacpp merge options probe run", ""),
+    "card": ("config options run", "huggingface_hub"),
+    "publish": ("card errors export figures options run", "huggingface_hub"),
     "compare": ("checkpoint config errors evaluate options run screen session", ""),
-    "cli": ("__init__ compare config errors figures run screen session", "typer"),
+    "cli": ("__init__ compare config errors export figures publish run screen session", "typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
-LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio"}
+LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
 # libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
 COMES_WITH = {"pyarrow": "datasets"}
 
@@ -150,10 +160,10 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("typer", {"cli"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint", "backends.transformers"}),
+        ("safetensors", {"checkpoint", "backends.transformers", "merge"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.transformers"}),
-        ("transformers", {"backends.transformers", "backends.weights"}),
+        ("transformers", {"backends.transformers", "backends.weights", "backends.llamacpp", "llamacpp"}),
         ("bitsandbytes", {"backends.transformers", "trainer"}),
     ],
 )
