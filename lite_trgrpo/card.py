@@ -34,7 +34,7 @@ def write(
         _results(lines, report),
         CURVE if "curve.png" in files else "",
         _samples(lines),
-        _loading(config, facts["base"], name, files),
+        _loading(config, facts, name, files),
         _settings(config, facts),
     ]  # fmt: skip
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -54,10 +54,11 @@ def _metadata(config: Config, base: str, lines: Sequence[Mapping[str, Any]], nam
     from huggingface_hub import EvalResult, ModelCardData
 
     source = config.data.source
+    called = source if _on_hub(source) else _plain_name(source)
     results = [
         EvalResult(
             task_type="text-generation", dataset_type=source if _on_hub(source) else "lite-trgrpo",
-            dataset_name=_source(config), metric_type=metric, metric_value=round(value["value"], 4),
+            dataset_name=called, metric_type=metric, metric_value=round(value["value"], 4),
             metric_name=f"held-out {metric}, {len(lines[-1]['rows'])} rows",
         )
         for metric, value in (lines[-1].items() if lines else ())
@@ -131,9 +132,9 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(table)
 
 
-def _loading(config: Config, base: str, name: str, files: Sequence[str]) -> str:
-    short = name.partition("/")[2]
-    revision = f', revision="{config.model.revision}"' if config.model.revision else ""
+def _loading(config: Config, facts: Mapping[str, Any], name: str, files: Sequence[str]) -> str:
+    base, short = facts["base"], name.partition("/")[2]
+    revision = f', revision="{facts["revision"]}"' if facts["revision"] else ""
     preset = next((key for key in options.presets() if options.load(key).model.name == config.model.name), None)
     ours = f"--preset {preset}" if preset else f"--set model.name={base} --set data.source=builtin:addition"
     parts = [f"""## How to load it

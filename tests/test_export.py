@@ -146,7 +146,7 @@ def rename(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda folder: rewrite(folder, base_model_name_or_path="a/b"), "base_model_name_or_path = 'a/b', the run 'tiny"),
+        (lambda folder: rewrite(folder, base_model_name_or_path="a/b"), "_or_path = 'a/b', the run 'tiny"),
         (lambda folder: rewrite(folder, revision="v2"), "revision = 'v2', the run None"),
         (lambda folder: rewrite(folder, lora_alpha=1.0), "lora_alpha = 1.0, the run 32.0"),
         (lambda folder: rewrite(folder, target_modules=["query"]), r"names the modules \['query'\]"),

@@ -78,8 +78,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
 LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
-# libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
-COMES_WITH = {"pyarrow": "datasets"}
+# libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
+COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python"}
 
 
 def name_of(path: Path) -> str:
