@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_trgrpo import llamacpp, merge
-from lite_trgrpo.backends.weights import Located, locate
+from lite_trgrpo.backends.weights import Located, gguf_behind, locate
 from lite_trgrpo.errors import ExportError
 from lite_trgrpo.evaluate import paired_gain, wilson
 from lite_trgrpo.options import Config
@@ -115,6 +115,8 @@ def _write_forms(
         started = time.perf_counter()
         name = gguf_name(run, wanted.gguf)
         llamacpp.write(merged, folder / name, wanted.gguf)
+        if (donor := gguf_behind(config.model.name)) is not None:
+            llamacpp.take_tokenizer(donor, folder / name)
         facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
         text = llamacpp.modelfile(name, merged, facts["end_ids"], config.model, config.data.system)
         (folder / "Modelfile").write_text(text, encoding="utf-8")

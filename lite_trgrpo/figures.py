@@ -70,11 +70,12 @@ def training(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4))
     steps = [line["step"] for line in metrics]
-    for name, label, colour in (("reward_mean", "reward", GOOD), ("solved", "solved", GREY)):
+    for name, label, colour in (("reward_mean", "reward", GOOD), ("solved", "solved", "#d98c2b")):
         values = [line[name] if line[name] is not None else float("nan") for line in metrics]
         axes.plot(steps, values, alpha=0.3, color=colour)
-        axes.plot(steps, _running_mean(values), label=f"{label} (running mean of 5 steps)", color=colour)
-    axes.set(xlabel="step")
+        # dashed where the two are one, as with a reward of 0 or 1
+        axes.plot(steps, _running_mean(values), "--" if name == "solved" else "-", label=label, color=colour)
+    axes.set(xlabel="step", title="training, with running means of 5 steps")
     axes.legend()
     _save(figure, path)
 

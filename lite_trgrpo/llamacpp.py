@@ -61,6 +61,34 @@ def write(merged: Path, output: Path, kind: str) -> None:
         exact.unlink(missing_ok=True)
 
 
+def take_tokenizer(donor: Path, gguf: Path) -> None:
+    """Put the tokenizer of the file `donor`, from which the base came, into `gguf`.
+
+    What transformers makes of a GGUF's tokenizer reads the same text, but the converter takes it for SentencePiece and
+    writes a file that llama.cpp cannot use.
+    """
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    mine, theirs = GGUFReader(gguf), GGUFReader(donor)
+    part = gguf.with_name(f".{gguf.name}-part")
+    writer = GGUFWriter(part, mine.fields["general.architecture"].contents())
+    own = [f for f in mine.fields.values() if not f.name.startswith(("GGUF.", "tokenizer.", "general.architecture"))]
+    for field in own + [f for f in theirs.fields.values() if f.name.startswith("tokenizer.")]:
+        of_list = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=of_list)
+    for tensor in mine.tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in mine.tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()
+    del mine  # Windows cannot replace a file that is mapped
+    part.replace(gguf)
+
+
 def _converter() -> list[str]:
     """The words that start llama.cpp's converter."""
     checkout = os.environ.get("LLAMA_CPP")

@@ -52,6 +52,7 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
             return ask(on(config, device="cpu"), what, gguf=gguf, tokens=tokens)
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or ["nothing"]
+            # below 0: killed by a signal, as where llama.cpp was built for another processor
             how = "" if done.returncode == FAILED else f" (exit code {done.returncode})"
             raise ExportError(f"{what}, loaded in a fresh process, failed{how}: {said[-1]}")
         return Answers(**json.loads(result.read_text(encoding="utf-8")))

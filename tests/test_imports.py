@@ -62,7 +62,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "trainer update", ""
     ),
     "merge": ("errors", "safetensors torch"),
-    "llamacpp": ("errors", "llama_cpp transformers"),
+    "llamacpp": ("errors", "gguf llama_cpp transformers"),
     "backends.llamacpp": ("backends.template errors options policy records", "llama_cpp torch transformers"),
     "probe": (
         "backends.llamacpp backends.transformers config data errors evaluate llamacpp options packing session trainer",
