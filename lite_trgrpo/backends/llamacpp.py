@@ -26,7 +26,7 @@ class LlamaCppPolicy:
         self.end_ids = self.template.end_ids(GenerationConfig.from_pretrained(merged))
         self.llama: Any = llama_cpp.Llama(
             str(gguf), n_ctx=context, n_batch=context, logits_all=True, verbose=False,
-            n_threads=torch.get_num_threads(), n_gpu_layers=-1,
+            n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), n_gpu_layers=-1,
         )  # fmt: skip
 
     def encode(self, prompt: str | list[Message]) -> Prompt:
@@ -51,10 +51,18 @@ class LlamaCppPolicy:
         padded = nn.utils.rnn.pad_sequence(found, batch_first=True)
         return padded, torch.zeros_like(padded)
 
+    def _read(self, ids: tuple[int, ...]) -> None:
+        """What the ids share with those before (the system message, at least) is in the cache and is not read again."""
+        before = self.llama.input_ids[: self.llama.n_tokens].tolist()
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+        )
+        self.llama.n_tokens = min(same, len(ids) - 1)
+        self.llama.eval(ids[self.llama.n_tokens :])
+
     def _answer(self, prompt: Prompt, sampling: Sampling) -> Completion:
         ids: list[int] = []
-        self.llama.reset()
-        self.llama.eval(prompt.ids)
+        self._read(prompt.ids)
         while True:
             ids.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
             stopped = ids[-1] in self.end_ids
@@ -65,8 +73,7 @@ class LlamaCppPolicy:
         return Completion(tuple(ids), (True,) * len(ids), (0.0,) * len(ids), text, stopped)
 
     def _scored(self, prompt: tuple[int, ...], completion: tuple[int, ...], temperature: float) -> Tensor:
-        self.llama.reset()
-        self.llama.eval(prompt + completion[:-1])
+        self._read(prompt + completion[:-1])
         logits = torch.from_numpy(self.llama.scores[len(prompt) - 1 : self.llama.n_tokens].copy())  # [T, V]
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
         return logprobs.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
