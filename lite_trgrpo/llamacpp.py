@@ -31,7 +31,8 @@ def check(kind: str) -> None:
     """Before anything is computed: is there what a GGUF of this type needs? Raises ExportError, MissingPackageError."""
     if kind not in TYPES:
         raise ExportError(f"no GGUF type {kind!r} here; there are {', '.join(TYPES)}")
-    _converter()
+    if _converter()[0] == sys.executable and importlib.util.find_spec("sentencepiece") is None:
+        raise MissingPackageError(f"{SCRIPT} needs sentencepiece. Type: pip install sentencepiece")
     if kind == "q4_k_m" and _quantiser() is None and not has_runtime():
         raise MissingPackageError(
             "a Q4_K_M needs llama.cpp's llama-quantize (on the path, or built in the checkout that LLAMA_CPP names) or "

@@ -203,6 +203,10 @@ def test_without_the_converter_it_says_what_to_type(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(MissingPackageError, match=r"has no convert_hf_to_gguf\.py"):
         llamacpp.check("q8_0")
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"needs sentencepiece\. Type: pip install sentencepiece"):
+        llamacpp.check("q8_0")
     with pytest.raises(ExportError, match="no GGUF type 'q9' here; there are q8_0, f16, q4_k_m"):
         llamacpp.check("q9")
 
@@ -328,7 +332,8 @@ def test_a_merge_on_another_base_loses_the_gain(written, tmp_path_factory):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_command_exports_what_the_demo_trained(tmp_path, quantization):
     """SmolLM2-135M after a few steps: the adapter, merged, and where llama.cpp's converter is at hand a GGUF."""
-    env = os.environ | {"PYTHONPATH": str(Path(export.__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
+    here = os.pathsep.join([str(Path(export.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1"}
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "lite_trgrpo", *words]
