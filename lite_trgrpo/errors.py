@@ -43,6 +43,10 @@ class RunError(LiteError, RuntimeError):
     """A run folder or checkpoint cannot be written, read or continued."""
 
 
+class ExportError(LiteError, RuntimeError):
+    """An export cannot be made, or does not do what the run's adapter does."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, without the paragraphs after it."""
     text = str(error).strip()

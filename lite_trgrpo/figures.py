@@ -65,6 +65,21 @@ def comparison(curves: Mapping[str, Sequence[Sequence[float]]], path: Path) -> N
     _save(figure, path)
 
 
+def training(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One run by step: mean reward and share of solved answers, with their running means."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    steps = [line["step"] for line in metrics]
+    for name, label, colour in (("reward_mean", "reward", GOOD), ("solved", "solved", "#d98c2b")):
+        values = [line[name] if line[name] is not None else float("nan") for line in metrics]
+        axes.plot(steps, values, alpha=0.3, color=colour)
+        # dashed where the two are one, as with a reward of 0 or 1
+        axes.plot(steps, _running_mean(values), "--" if name == "solved" else "-", label=label, color=colour)
+    axes.set(xlabel="step", title="training, with running means of 5 steps")
+    axes.legend()
+    _save(figure, path)
+
+
 def _running_mean(values: Sequence[float], window: int = 5) -> list[float]:
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
 

@@ -16,8 +16,8 @@ def fetch(name: str, revision: str | None, patterns: list[str], option: str = "m
     section, kind = option.partition(".")[0], "dataset" if option == "data.source" else "model"
     where = f"data set {name}" if kind == "dataset" else name
     where += f" (revision {revision})" if revision else ""
-    # originals and consolidated files are second copies of the same weights
-    ignored = ["original/*", "consolidated*", "*.gguf"]
+    # second copies of the same weights: those of some makers, and what `lite-trgrpo export` puts beside an adapter
+    ignored = ["original/*", "consolidated*", "merged/*", "*.gguf"]
     try:
         return Path(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)

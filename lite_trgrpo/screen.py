@@ -50,6 +50,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def say(line: str) -> None:
+    """One line to the person."""
+    talk.print(line, markup=False, soft_wrap=True)
+
+
 def step_line(metrics: Mapping[str, Any], width: int = 120) -> str:
     """The headline of a step. The loss is not in it: with one update a batch it says nothing about learning."""
     reward = metrics["reward_mean"]
@@ -122,6 +127,21 @@ def score_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, _estimate(value))
     table.add_row("truncated", f"{result['truncated']:.1%}")
     table.add_row("length (tokens)", f"{result['length_mean']:.1f}")
+    return table
+
+
+def export_table(report: Mapping[str, Any]) -> Table:
+    """One row for each form that was loaded again: its score, its base's, and how far it is from the training."""
+    table = Table(title=f"loaded again, {report['rows']} rows (95 % interval)", title_justify="left")
+    for column in ("form", "base", "pass@1", "gain", "answers as in training", "mean |log-prob difference|"):
+        table.add_column(column)
+    exact = {**report["trained"], "equal": report["rows"], "logprob_difference": 0.0}
+    name = "adapter" + (f" on {report['quantization']}" if report["quantization"] != "none" else "")
+    for form, scores in {name: exact, **report["forms"]}.items():
+        table.add_row(
+            form, *(_estimate(scores[key]) for key in ("base", "pass@1", "gain")),
+            f"{scores['equal']} of {report['rows']}", f"{scores['logprob_difference']:.4f}",
+        )  # fmt: skip
     return table
 
 

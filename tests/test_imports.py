@@ -92,15 +92,27 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "__init__ backends.loading backends.transformers checkpoint data diagnose errors evaluate job lock memory "
         "options policy records rewards run screen stopping trainer update", ""
     ),
+    "merge": ("errors", "safetensors torch"),
+    "llamacpp": ("errors", "gguf llama_cpp transformers"),
+    "backends.llamacpp": ("backends.template errors options policy records", "llama_cpp torch transformers"),
+    "probe": (
+        "backends.llamacpp backends.transformers config data errors evaluate llamacpp options packing session trainer",
+        "torch",
+    ),
+    "export": ("backends.weights errors evaluate llamacpp merge options probe run", ""),
+    "card": ("config options run", "huggingface_hub"),
+    "publish": ("card errors export figures options run", "huggingface_hub"),
     "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
-    "cli": ("__init__ check compare config errors figures options run screen session stopping", "typer"),
+    "cli": (
+        "__init__ check compare config errors export figures options publish run screen session stopping", "typer"
+    ),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
-LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio"}
-# libraries that are not asked for by name in pyproject.toml: they come with these, which cannot do without them
-COMES_WITH = {"pyarrow": "datasets"}
+LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
+# libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
+COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python"}
 
 
 def name_of(path: Path) -> str:
@@ -181,12 +193,13 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("typer", {"cli"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint", "backends.loading"}),
+        ("safetensors", {"checkpoint", "backends.loading", "merge"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.loading"}),
         (
             "transformers",
-            {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights")} | {"plan"},
+            {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights", "llamacpp")}
+            | {"plan", "llamacpp"},
         ),
         ("bitsandbytes", {"backends.loading", "optimizer"}),
     ],

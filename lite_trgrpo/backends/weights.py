@@ -35,13 +35,9 @@ class Located:
 
 def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool) -> Located:
     """Find, fetch or convert the base model. Raises ModelError, HubError or MissingPackageError."""
-    if name.startswith("package:"):
-        return Located(_converted(_in_package(name.removeprefix("package:")), sha256), upstream or name, None)
+    if (gguf := gguf_behind(name)) is not None:
+        return Located(_converted(gguf, sha256), upstream or name, None)
     path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no file {path} (from {Path.cwd()}); give model.name a .gguf file that exists")
-        return Located(_converted(path, sha256), upstream or name, None)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model folder: it has no config.json")
@@ -62,6 +58,16 @@ def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
     if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
+
+
+def gguf_behind(name: str) -> Path | None:
+    """The .gguf file that a model's name stands for, or None where it is a folder or a Hub id. Raises ModelError."""
+    if name.startswith("package:"):
+        return _in_package(name.removeprefix("package:"))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf") and not path.is_file():
+        raise ModelError(f"no file {path} (from {Path.cwd()}); give model.name a .gguf file that exists")
+    return path if name.endswith(".gguf") else None
 
 
 def _in_package(name: str) -> Path:
