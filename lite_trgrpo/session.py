@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo import __version__, checkpoint, data, memory, rewards, screen, trainer
+from lite_trgrpo import __version__, check, checkpoint, data, memory, rewards, screen, trainer
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.job import Encoded, Listener
@@ -45,6 +45,9 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
             found = _checkpoint_of(run, config.train.steps)
         scoring = held.enter_context(scoring_of(config))
         examples, heldout_examples = data.load(config.data, config.eval.rows)
+        if resume is None:
+            planned, _ = check.memory(config, None)
+            talk.print(f"memory: {screen.memory_line(planned)}", markup=False, soft_wrap=True)
         policy = _policy(config)
         training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
         heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)

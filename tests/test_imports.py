@@ -89,8 +89,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.loading backends.transformers checkpoint data diagnose errors evaluate job lock memory "
-        "options policy records rewards run screen stopping trainer update", ""
+        "__init__ backends.loading backends.transformers check checkpoint data diagnose errors evaluate job lock "
+        "memory options policy records rewards run screen stopping trainer update", ""
     ),
     "merge": ("errors", "safetensors torch"),
     "llamacpp": ("errors", "gguf llama_cpp transformers"),
