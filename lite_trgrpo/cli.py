@@ -37,6 +37,7 @@ SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="train.seed")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a Hub id")]
 
 
@@ -100,7 +101,9 @@ def train(
     if resume:
         if preset or config or output or objective:
             raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
-        run = _run_to_resume(run)
+        from lite_trgrpo import session
+
+        run = session.to_resume(run)
         resolved, changed = options.resumed(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
@@ -117,17 +120,6 @@ def train(
     output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     if len(evaluations := session.train(resolved, output, run, stop).evaluations()) > 1:
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
-
-
-def _run_to_resume(run: Path | None) -> Path:
-    from lite_trgrpo.run import Run
-
-    if run is None:
-        from lite_trgrpo import session
-
-        run = session.newest_unfinished(Path("runs"))
-        print(f"going on with {run}", file=sys.stderr)
-    return Run.existing(run).folder
 
 
 @app.command(name="eval")
@@ -186,7 +178,7 @@ def diagnose(
     set_: SetOption = [],  # noqa: B006
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to sample groups for")] = 8,
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw it into this .svg or .png file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure on your model whether unlikely tokens dominate the gradient, and what the weights change.
 
@@ -218,7 +210,7 @@ def check(
         str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
     ] = None,
     fit: Annotated[Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit to a file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Will it fit? Memory by part, before any weight is loaded; what to change if it does not. Exit code 1 if so.
 
@@ -269,7 +261,8 @@ def compare(
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
-    same = {"rollout.top_up_rounds": 0}  # arms that replace prompts would not see the same ones
+    # arms that replace or choose prompts would not see the same ones
+    same = {"rollout.top_up_rounds": 0, "train.prefer_half": False}
     arms = {
         (name, int(seed)): options.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
         for seed in seeds.split(",")
@@ -329,21 +322,10 @@ def presets_list(
 
     Example: lite-trgrpo presets list
     """
-    from lite_trgrpo import config as options
+    from lite_trgrpo import listing
 
-    if objectives:
-        for name, path in options.objectives().items():
-            head = options.head_comment(path)
-            settings = options.read_toml(path)["objective"]
-            print(f"{name:16} {head['what']}\n{'':16} {head['formula']}\n{'':16} {head['source']}")
-            print(f"{'':16} {', '.join(f'{key} = {value}' for key, value in settings.items())}")
-        return
-    for name, path in options.presets().items():
-        head = options.head_comment(path)
-        model = options.load(name).model
-        print(f"{name:10} {model.upstream or model.name} ({head['licence']})")
-        for key in ("teaches", "card", "time"):
-            print(f"{'':10} {key}: {head[key]}")
+    for line in listing.objectives() if objectives else listing.presets():
+        print(line)
 
 
 @presets_app.command(name="show")

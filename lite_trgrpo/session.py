@@ -78,6 +78,14 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
     return run
 
 
+def to_resume(run: Path | None) -> Path:
+    """The folder of this run, or of the newest unfinished one in `runs`."""
+    if run is None:
+        run = newest_unfinished(Path("runs"))
+        talk.print(f"going on with {run}", markup=False, soft_wrap=True)
+    return Run.existing(run).folder
+
+
 def newest_unfinished(folder: Path) -> Path:
     """The run that was written last among those in `folder` that are not complete."""
     runs = [path.parent for path in folder.glob("*/config.toml")]

@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "packing": ("", ""),
     "options": ("", "pydantic"),
     "config": ("errors options", "pydantic tomli_w"),
+    "listing": ("config", ""),
     "hub": ("errors", "huggingface_hub"),
     "data": ("config errors hub options records", "datasets pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
@@ -104,7 +105,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "publish": ("card errors export figures options run", "huggingface_hub"),
     "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
     "cli": (
-        "__init__ check compare config errors export figures options publish run screen session stopping", "typer"
+        "__init__ check compare config errors export figures listing options publish run screen session stopping",
+        "typer",
     ),
     "__main__": ("cli", ""),
 }  # fmt: skip
