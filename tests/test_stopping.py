@@ -40,9 +40,9 @@ class Disturbed(ToyPolicy):
         self.ended += 1
         return result
 
-    def sample(self, prompts, sampling):
+    def sample(self, prompts, sampling, wanted):
         method = "evaluate" if sampling.greedy else "sample"
-        return self._disturb(method, lambda: super(Disturbed, self).sample(prompts, sampling))
+        yield from self._disturb(method, lambda: list(super(Disturbed, self).sample(prompts, sampling, wanted)))
 
     def logprobs(self, rows, temperature):
         return self._disturb("logprobs", lambda: super(Disturbed, self).logprobs(rows, temperature))
