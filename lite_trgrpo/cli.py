@@ -95,7 +95,7 @@ def train(
 
     if max_hours is not None and not max_hours > 0:
         raise typer.BadParameter(f"--max-hours {max_hours:g} must be above 0")
-    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at else None)
+    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at is not None else None)
     named = {"train.steps": steps, "train.seed": seed}
     if resume:
         if preset or config or output or objective:
@@ -229,7 +229,8 @@ def compare(
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
-    same = {"rollout.top_up_rounds": 0}  # arms that replace prompts would not see the same ones
+    # arms that replace prompts would not see the same ones, and one at half the learning rate would be another arm
+    same = {"rollout.top_up_rounds": 0, "guards.rollbacks": 0}
     arms = {
         (name, int(seed)): options.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
         for seed in seeds.split(",")

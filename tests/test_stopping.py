@@ -10,6 +10,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lite_trgrpo import checkpoint
 from lite_trgrpo.errors import ConfigError
@@ -72,7 +73,7 @@ def test_a_signal_ends_a_run_that_goes_on_as_if_nothing_had_been(tmp_path, metho
     assert disturbed.ended == (at - 1 if abandoned else 3 * step)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert checkpoint.steps_done(saved) == step and not checkpoint.is_complete(saved)
-    assert torch.equal(torch.load(tmp_path / "run" / "adapter" / "adapter.pt"), disturbed.adapter)
+    assert torch.equal(load_file(tmp_path / "run/adapter/adapter.safetensors")["adapter"], disturbed.adapter)
     resumed, again = run_toy(tmp_path / "run", CHANGES, resume=True)
     assert torch.equal(resumed.adapter, whole.adapter)
     for name in ("metrics.jsonl", "eval.jsonl"):
