@@ -96,7 +96,7 @@ def train(
 
     if max_hours is not None and not max_hours > 0:
         raise typer.BadParameter(f"--max-hours {max_hours:g} must be above 0")
-    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at else None)
+    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at is not None else None)
     named = {"train.steps": steps, "train.seed": seed}
     if resume:
         if preset or config or output or objective:
@@ -261,8 +261,8 @@ def compare(
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
-    # arms that replace or choose prompts would not see the same ones
-    same = {"rollout.top_up_rounds": 0, "train.prefer_half": False}
+    # arms that replace or choose prompts would not see the same ones; one at half the learning rate would be another
+    same = {"rollout.top_up_rounds": 0, "train.prefer_half": False, "guards.rollbacks": 0}
     arms = {
         (name, int(seed)): options.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
         for seed in seeds.split(",")

@@ -105,11 +105,11 @@ def load(
 ) -> Config:
     """Resolve a run's options. `named` holds dotted names from command-line flags; None means not given."""
     merged: Settings = {}
-    if preset:
+    if preset is not None:
         _lay_over(merged, preset_path(preset))
-    if file:
+    if file is not None:
         _lay_over(merged, file)
-    if objective:
+    if objective is not None:
         # a recipe adds its reward to those there are instead of replacing them
         given = merged.get("rewards", {}).get("functions", Rewards().functions)
         _lay_over(merged, objective_path(objective))

@@ -101,7 +101,14 @@ def _example(row: Mapping[str, Any], origin: str, data: Data) -> Example:
     columns = {name: value for name, value in row.items() if name != data.prompt}
     if data.answer:
         columns["answer"] = row[data.answer]
-    return Example(_prompt(row[data.prompt], origin, data.system), columns, origin)
+    example = Example(_prompt(row[data.prompt], origin, data.system), columns, origin)
+    try:
+        example.text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{origin}: the prompt holds half a surrogate pair, which is no text; write the file anew"
+        ) from None
+    return example
 
 
 def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str, str]]:
@@ -208,7 +215,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json_object(line: str, origin: str) -> Mapping[str, Any] | DataError:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
         return DataError(f"{origin}: not a JSON object on one line: {error}")
     if not isinstance(row, dict):
         return DataError(f"{origin}: a JSON {type(row).__name__}, not an object with columns")

@@ -96,8 +96,11 @@ class Run:
                 )
         for name in LOGS:
             if (path := self.folder / name).exists():
-                with path.open("r+b") as file:
-                    file.truncate(offsets.get(name, 0))
+                try:
+                    with path.open("r+b") as file:
+                        file.truncate(offsets.get(name, 0))
+                except OSError as error:
+                    raise RunError(f"cannot write {path}: {error.strerror}; {AFTERWARDS}") from None
 
     def evaluations(self) -> list[dict[str, Any]]:
         return self._lines("eval.jsonl")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lite_trgrpo import guards
 from lite_trgrpo.options import Guards
@@ -146,7 +147,7 @@ def test_after_so_many_times_it_ends_with_the_last_good_adapter_and_says_why(tmp
     assert str(caught.value) == "the guard 'update_kl' after 2 roll-backs; the adapter is that of step 0"
     assert caught.value.code == 1
     assert [line["step"] for line in Run(tmp_path).metrics()] == [1, 2, 3]
-    assert torch.load(tmp_path / "adapter" / "adapter.pt").eq(0).all()  # as the toy starts
+    assert load_file(tmp_path / "adapter" / "adapter.safetensors")["adapter"].eq(0).all()  # as the toy starts
 
 
 def test_a_run_killed_around_its_roll_backs_decides_alike(tmp_path):

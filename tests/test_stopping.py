@@ -10,6 +10,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lite_trgrpo import checkpoint
 from lite_trgrpo.errors import ConfigError
@@ -59,7 +60,7 @@ class Disturbed(ToyPolicy):
         ("evaluate", 2, signal.SIGINT, 3, True),
         ("evaluate", 3, signal.SIGINT, 6, True),
         ("logprobs", 1, signal.SIGINT, 1, False),
-        ("logprobs", 7, signal.SIGTERM, 3, False),
+        ("logprobs", 10, signal.SIGTERM, 3, False),
     ],
 )
 def test_a_signal_ends_a_run_that_goes_on_as_if_nothing_had_been(tmp_path, method, at, number, step, abandoned):
@@ -69,10 +70,10 @@ def test_a_signal_ends_a_run_that_goes_on_as_if_nothing_had_been(tmp_path, metho
     with pytest.raises(Stopped) as caught, Stop() as stop:
         run_toy(tmp_path / "run", CHANGES, policy=disturbed, stop=stop)
     assert (str(caught.value), caught.value.code) == ("Ctrl-C" if number == signal.SIGINT else "SIGTERM", 130)
-    assert disturbed.ended == (at - 1 if abandoned else 3 * step)
+    assert disturbed.ended == (at - 1 if abandoned else 4 * step)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert checkpoint.steps_done(saved) == step and not checkpoint.is_complete(saved)
-    assert torch.equal(torch.load(tmp_path / "run" / "adapter" / "adapter.pt"), disturbed.adapter)
+    assert torch.equal(load_file(tmp_path / "run/adapter/adapter.safetensors")["adapter"], disturbed.adapter)
     resumed, again = run_toy(tmp_path / "run", CHANGES, resume=True)
     assert torch.equal(resumed.adapter, whole.adapter)
     for name in ("metrics.jsonl", "eval.jsonl"):
@@ -83,7 +84,7 @@ def test_a_signal_ends_a_run_that_goes_on_as_if_nothing_had_been(tmp_path, metho
 @posix
 @pytest.mark.parametrize("method", ["logprobs", "save"])
 def test_the_second_signal_ends_it_at_once(tmp_path, method, monkeypatch):
-    disturbed = Disturbed("logprobs", 7, [signal.SIGINT] * 2 if method == "logprobs" else [signal.SIGINT])
+    disturbed = Disturbed("logprobs", 10, [signal.SIGINT] * 2 if method == "logprobs" else [signal.SIGINT])
     if method == "save":  # while it saves what the first asked for
         save = checkpoint.save
         monkeypatch.setattr(

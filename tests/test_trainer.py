@@ -1,6 +1,7 @@
 """The loop on a toy policy: it learns, and what must not matter does not."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def run_toy(
     policy: ToyPolicy | None = None,
     stop: Stop | None = None,
     said: list[str] | None = None,
+    on_step: Callable[[dict], None] = lambda metrics: None,
 ):
     """Train the toy; -> (policy, run). After the step `stop_after` it is killed, before a checkpoint."""
     settings = {section: {**values, **(changes or {}).get(section, {})} for section, values in BASE.items()}
@@ -52,6 +54,7 @@ def run_toy(
         run.describe(config, {})
 
     def killer(metrics):
+        on_step(metrics)
         if metrics["step"] == stop_after:
             raise KeyboardInterrupt
 

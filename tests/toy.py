@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lite_trgrpo.logprobs import selected_logprobs
@@ -77,7 +78,7 @@ class ToyPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.adapter.detach(), folder / "adapter.pt")
+        save_file({"adapter": self.adapter.detach()}, folder / "adapter.safetensors")
 
 
 class InProcess:
