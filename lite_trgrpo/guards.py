@@ -72,7 +72,7 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
             "lower train.learning_rate or set model.dtype to float32",
         ),
         "entropy": (
-            lambda line: _below(line["entropy_sampled"], options.entropy, line["solved"]),
+            lambda line: _below(line.get("entropy_sampled"), options.entropy, line["solved"]),
             f"answers hardly vary any more (entropy below {options.entropy:g}), so there is little left to learn from. "
             "Lower train.learning_rate, or raise objective.clip_high",
         ),
