@@ -176,7 +176,7 @@ def main() -> None:
         for long in (False,) if quick else (False, True):
             compare(name, kind, long, 1)
     for long in (False,) if quick else (False, True):
-        ablation(long, KINDS["fp32"], 2)
+        ablation(long, KINDS["fp32"], 1)
 
 
 if __name__ == "__main__":
