@@ -15,6 +15,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -114,10 +115,17 @@ def questions(count: int, long: bool) -> list[str]:
 
 
 def trl_trainer(policy: TransformersPolicy, model: Model, group: int, tokens: int, **settings: Any) -> Any:
-    """TRL's GRPOTrainer with its own defaults, on the same weights and adapter as `policy`."""
+    """TRL's GRPOTrainer with its own defaults, on the same weights and adapter as `policy`.
+
+    Its log-probabilities come from a Triton kernel; where there is no Triton, log_softmax stands in for it.
+    """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import utils
+    from trl_equality import plain_logprobs
 
+    if utils._ChunkedLogProbFunction is None:
+        utils._ChunkedLogProbFunction = SimpleNamespace(apply=plain_logprobs)
     twin = load(model, seed=0)
     for name, parameter in twin.trainable().items():
         parameter.data.copy_(policy.trainable()[name].data)

@@ -111,13 +111,14 @@ def _answers(
     """The answers of one group side by side, padded inside attention alone -> [their tokens, H, D]."""
     answers, longest = index.shape
     heads = q.shape[0]
-    k, v = (
-        _repeat(torch.cat([x[:, prompt].expand(answers, -1, -1, -1), x[:, index].transpose(0, 1)], dim=2), heads)
-        for x in (k, v)
-    )
+
+    def beside(x: Tensor) -> Tensor:  # [*, N, D] -> [answers, *, longest, D]; index_select's backward is the quick one
+        return x.index_select(1, index.flatten()).unflatten(1, (answers, longest)).transpose(0, 1)
+
+    k, v = (_repeat(torch.cat([x[:, prompt].expand(answers, -1, -1, -1), beside(x)], dim=2), heads) for x in (k, v))
     mask = visible(longest, prompt.stop - prompt.start + longest, window, q.device)
-    out = F.scaled_dot_product_attention(q[:, index].transpose(0, 1), k, v, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).flatten(0, 1)[real]
+    out = F.scaled_dot_product_attention(beside(q), k, v, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, real)
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

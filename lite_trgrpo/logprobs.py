@@ -37,7 +37,9 @@ def _chunk_logprobs(
     hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [n, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [n, V]
+    if temperature != 1.0:  # a pass over all of it
+        logits = logits / temperature
     normaliser = torch.logsumexp(logits, -1)  # [n]
     logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - normaliser
     with torch.no_grad():
