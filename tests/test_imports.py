@@ -195,7 +195,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("typer", {"cli"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint", "backends.loading", "merge"}),
+        ("safetensors", {"checkpoint", "merge"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.loading"}),
         (

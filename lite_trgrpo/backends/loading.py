@@ -38,7 +38,7 @@ def load_config(options: Model) -> Any:
     folder = locate_config(options.name, options.revision, options.trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files of others: the libraries raise whatever they stumble over
         raise ModelError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
     return config.get_text_config()
 
@@ -48,8 +48,8 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
 
     try:
         config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{located.folder} is no model that transformers knows: {error}") from None
+    except Exception as error:  # files of others: the libraries raise whatever they stumble over
+        raise ModelError(f"{located.folder} is no model that transformers knows: {first_line(error)}") from None
     no_dropout(config)
     quantization = None
     if options.quantization == "nf4":
@@ -63,8 +63,10 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
             quantization_config=quantization, use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{options.name} could not be loaded: {str(error).splitlines()[0]}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as above
+        raise ModelError(f"{options.name} could not be loaded: {first_line(error)}") from None
     if quantization is not None:
         keep_gradients_on_cpu(model)
     return model
@@ -92,7 +94,6 @@ def keep_gradients_on_cpu(model: nn.Module) -> None:
 
 def with_lora(base: Any, options: Model, located: Located) -> Any:
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     if options.adapter is not None:
         folder = Path(options.adapter).expanduser()
@@ -105,7 +106,7 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
                 raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
         try:
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except (RuntimeError, ValueError, OSError, TypeError, SafetensorError) as error:
+        except Exception as error:  # as above
             raise ModelError(
                 f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
                 "names the base it was made for"

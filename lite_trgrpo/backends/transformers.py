@@ -38,11 +38,16 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(
-        located.folder,
-        trust_remote_code=options.trust_remote_code,
-        clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            located.folder,
+            trust_remote_code=options.trust_remote_code,
+            clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
+        )
+    except Exception as error:  # files of others: the library raises whatever it stumbles over
+        raise ModelError(f"the tokenizer of {options.name} cannot be read: {first_line(error)}") from None
+    if not tokenizer("1 + 1").input_ids:  # without its files transformers makes an empty one
+        raise ModelError(f"{options.name} has no tokenizer: its folder has no tokenizer.json")
     template = Template(tokenizer, options.prompt_format, options.template_options)
     base = load_base(located, options, device, dtype)
     torch.manual_seed(seed)
