@@ -1,5 +1,6 @@
 """Loading a base model in 16, 32 or 4 bits and putting a LoRA adapter on it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def load_config(options: Model) -> Any:
 def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see add_lora
     try:
         config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # files of others: the libraries raise whatever they stumble over
@@ -127,6 +129,8 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
 
 def add_lora(base: Any, options: Model) -> Any:
     """A fresh adapter: B = 0, so the policy starts as its base."""
+    # PEFT imports bitsandbytes, which warns of an optional CPU kernel that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model
 
     every_layer = options.lora_targets == ["all-linear"]

@@ -1,6 +1,5 @@
 """The Policy on transformers, PEFT and bitsandbytes: Linux, macOS and Windows, with or without a card."""
 
-import logging
 import shutil
 import sys
 import warnings
@@ -30,8 +29,6 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # bitsandbytes warns of an optional CPU kernel that it did not find
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = locate(
