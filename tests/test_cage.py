@@ -406,6 +406,7 @@ def hostile(count: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize("name", BUILTINS)
 def test_a_thousand_hostile_answers(name: str) -> None:
     """No value is lost but those of the towers, which only `math` works out; gold still scores full marks."""

@@ -330,6 +330,7 @@ def test_a_merge_on_another_base_loses_the_gain(written, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_command_exports_what_the_demo_trained(tmp_path, quantization):
     """SmolLM2-135M after a few steps: the adapter, merged, and where llama.cpp's converter is at hand a GGUF."""
