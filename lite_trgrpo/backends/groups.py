@@ -12,14 +12,13 @@ NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """Never read where `groups` is given; being 4-D it keeps transformers from building a mask of its own."""
 
 
-def attend_by_groups(base: Any) -> None:
-    """Let a forward with `groups=` go through it; any other is transformers' own SDPA, masks included."""
+def register() -> None:
+    """Make NAME known to transformers: a forward with `groups=` goes through it, any other through transformers' SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    base.set_attn_implementation(NAME)
 
 
 def _attention(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.attention import Attend, Packed
 from lite_trgrpo.backends import reference
-from lite_trgrpo.backends.groups import NO_MASK, attend_by_groups
+from lite_trgrpo.backends.groups import NAME, NO_MASK, register
 from lite_trgrpo.logprobs import Head, selected_logprobs
 from lite_trgrpo.policy import Sequences
 from lite_trgrpo.records import Sampling
@@ -29,7 +29,8 @@ class Network:
         """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        attend_by_groups(base)
+        self._base, self._own_attention = base, base.config._attn_implementation
+        self.attend_by_groups(True)
 
     @property
     def token_bytes(self) -> int:
@@ -38,6 +39,12 @@ class Network:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(2 * config.num_hidden_layers * heads * width * self.dtype.itemsize)
+
+    def attend_by_groups(self, on: bool) -> None:
+        """Ours, or the attention that the model was loaded with: some work with that alone."""
+        if on:
+            register()
+        self._base.set_attn_implementation(NAME if on else self._own_attention)
 
     def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
         """See `rollout.engine.Decoder`."""

@@ -120,17 +120,20 @@ class TransformersPolicy:
     def _check(self) -> None:
         """What we assume about a model, on a few tokens: a plain head, and attention that ours can stand in for."""
         kind = self.network.config.model_type
+        self.network.attend_by_groups(False)
         if self.network.head_differs():
             raise ModelError(
                 f"the model type {kind!r} changes its logits after the output head, which is not supported yet; take a "
                 "Qwen, Llama, SmolLM, Mistral or Gemma model"
             )
+        self.network.attend_by_groups(True)
         try:
             wrong = self.network.groups_differ()
         except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
             wrong = first_line(error)
         self.network.by_groups = not wrong
         if wrong:
+            self.network.attend_by_groups(False)
             print(
                 f"warning: our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
                 "transformers' generate and the update is padded, slower and with more memory",
