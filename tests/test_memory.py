@@ -203,7 +203,7 @@ def test_the_limit_on_cpu_makes_torch_refuse():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.night) for kind in KINDS[1:])])
 def test_memory_at_step_200_is_that_at_step_20(tmp_path, kind):
     """Resident memory of this process over 200 steps of sampling and updating a tiny model: within 8 MiB."""
     loaded = backend.load(Model(name=str(tiny_model_folder(tmp_path, kind)), lora_rank=4), seed=1)

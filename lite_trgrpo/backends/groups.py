@@ -13,7 +13,7 @@ NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 def register() -> None:
-    """Make NAME known to transformers: a forward with `groups=` goes through it, any other through transformers' SDPA."""
+    """Make NAME known to transformers: a forward with `groups=` goes through it, any other through its SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
