@@ -18,7 +18,7 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
     `data.max_prompt_tokens` allows.
-    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps), "measured": this machine or not}
+    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps)}
     """
     device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
     assumed = config.model.dtype == "auto" and vram is not None

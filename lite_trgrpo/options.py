@@ -185,6 +185,11 @@ class Rollout(Section):
             raise ValueError("must be at least 2: an answer is judged against the others of its group")
         return value
 
+    def decoding(self) -> dict[str, Any]:
+        """What `records.Sampling` takes of it beside the distribution: how answers are decoded."""
+        found = {"max_rows": self.max_rows, "engine": self.engine}
+        return found if self.cache_mib is None else found | {"cache_bytes": self.cache_mib * 2**20}
+
 
 class Objective(Section):
     """The loss, in the paper's symbols (docs/method.md)."""

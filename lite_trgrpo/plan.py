@@ -202,13 +202,8 @@ def _without_data(model: nn.Module) -> None:
 
 
 def _sampling(config: Config) -> Sampling:
-    mib = 2048 if config.rollout.cache_mib is None else config.rollout.cache_mib
-    return Sampling(
-        config.rollout.group_size,
-        config.rollout.max_new_tokens,
-        max_rows=config.rollout.max_rows,
-        cache_bytes=mib * 2**20,
-    )
+    rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.max_new_tokens, **rollout.decoding())
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import pvariance
-from typing import Any
 
 import torch
 
@@ -234,7 +233,7 @@ def _sampling(config: Config, step: int, refill: int) -> Sampling:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         key=(config.train.seed, TRAINING, step, refill),
-        **_engine(config),
+        **config.rollout.decoding(),
     )
 
 
@@ -246,14 +245,8 @@ def eval_sampling(config: Config) -> Sampling:
         temperature=config.rollout.temperature,
         stop_loops=config.eval.stop_loops,
         key=(config.data.seed, EVALUATION),
-        **_engine(config),
+        **config.rollout.decoding(),
     )
-
-
-def _engine(config: Config) -> dict[str, Any]:
-    """How completions are decoded; none of it changes which (but for rounding)."""
-    found = {"max_rows": config.rollout.max_rows, "engine": config.rollout.engine}
-    return found if config.rollout.cache_mib is None else found | {"cache_bytes": config.rollout.cache_mib * 2**20}
 
 
 def _evaluate_if_due(job: Job) -> None:

@@ -34,24 +34,24 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def load_config(options: Model) -> Any:
     """The base's transformers configuration, without its weights."""
+    folder = locate_config(options.name, options.revision, options.trust_remote_code)
+    return _read_config(folder, options).get_text_config()
+
+
+def _read_config(folder: Path, options: Model) -> Any:
     from transformers import AutoConfig
 
-    folder = locate_config(options.name, options.revision, options.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # files of others: the libraries raise whatever they stumble over
         raise ModelError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
-    return config.get_text_config()
 
 
 def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see add_lora
-    try:
-        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=options.trust_remote_code)
-    except Exception as error:  # files of others: the libraries raise whatever they stumble over
-        raise ModelError(f"{located.folder} is no model that transformers knows: {first_line(error)}") from None
+    config = _read_config(located.folder, options)
     no_dropout(config)
     quantization = None
     if options.quantization == "nf4":
