@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
 
-from lite_trgrpo import logprobs as chunked
 from lite_trgrpo.attention import Packed
 from lite_trgrpo.backends import network as backend
 from lite_trgrpo.backends.transformers import TransformersPolicy
@@ -63,7 +62,7 @@ class TrlSteps:
 
     def __init__(self, policy: TransformersPolicy, kind: dict[str, Any], prompts: list[str], steps: int) -> None:
         self.trainer = trl_trainer(
-            policy, demo_model(**kind), GROUP, TOKENS, prompts=prompts, max_steps=steps,
+            policy, demo_model(**kind), GROUP, TOKENS, prompts=prompts, max_steps=steps, disable_tqdm=True,
             generation_kwargs={"min_new_tokens": TOKENS},
         )  # fmt: skip
         self.generation, self.steps = 0.0, []
@@ -145,17 +144,26 @@ def ablation(long: bool, kind: dict[str, Any], repetitions: int) -> None:
 
     def whole(hidden: Any, ids: Any, head: Any, temperature: float) -> Any:
         """[N, V] kept for backward."""
-        return chunked._chunk_logprobs(hidden, ids, head, temperature)
+        logprobs = torch.log_softmax(head(hidden) / temperature, -1)
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
 
+    lean = {layer: vars(layer)["forward"] for layer in policy.model.modules() if "forward" in vars(layer)}
     parts = {
         "padded, all logits kept": (False, merged, whole),
-        "+ logits in chunks": (False, merged, head),
+        "+ logits in chunks, once": (False, merged, head),
         "+ packed without padding": (True, alone, head),
         "+ prompt shared": (True, merged, head),
+        "+ our LoRA product": (True, merged, head),
+        "+ gradient checkpointing": (True, merged, head),
     }
     found: dict[str, list[Spent]] = {name: [] for name in parts}
+    network._base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for _ in range(repetitions):
         for name, (network.by_groups, network.packed_hidden, backend.selected_logprobs) in parts.items():
+            for layer, forward in lean.items():
+                layer.forward = forward if list(parts).index(name) >= 4 else forward.args[1]
+            network.gradient_checkpointing = name == "+ gradient checkpointing"
             with spent() as used:
                 run_update(policy, optimizer, groups)
             found[name].append(used)

@@ -59,6 +59,7 @@ class Packed:
         self.positions = torch.cat(positions).unsqueeze(0).to(device)  # [1, N]
         self._padded = [_padding(span, device) for span in self.spans]
         self._keep = keep
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}  # the same in every layer
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         if self._keep is not None:
@@ -76,10 +77,19 @@ class Packed:
         parts = []
         for span, padding in zip(self.spans, self._padded, strict=True):
             prompt = slice(span.start, span.start + span.prompt)
-            parts.append(_causal(q[:, prompt], k[:, prompt], v[:, prompt], scaling, window))
+            mask = None if window is None or span.prompt <= window else self._mask(span.prompt, span.prompt, window)
+            parts.append(_causal(q[:, prompt], k[:, prompt], v[:, prompt], scaling, mask))
             if padding is not None:
-                parts.append(_answers(q, k, v, prompt, *padding, scaling, window))
+                longest = max(span.answers)
+                mask = self._mask(longest, span.prompt + longest, window)
+                parts.append(_answers(q, k, v, prompt, *padding, scaling, mask))
         return torch.cat(parts).unsqueeze(0)
+
+    def _mask(self, queries: int, keys: int, window: int | None) -> Tensor:
+        key = (queries, keys, window)
+        if key not in self._masks:
+            self._masks[key] = visible(*key, self.positions.device)
+        return self._masks[key]
 
 
 def _padding(span: Span, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -95,18 +105,16 @@ def _padding(span: Span, device: torch.device) -> tuple[Tensor, Tensor] | None:
     return torch.tensor(index, device=device), torch.tensor(real, device=device)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """[H, L, D], [K, L, D] -> [L, H, D], each place seeing itself and what is before it."""
-    length = q.shape[1]
     k, v = _repeat(k, q.shape[0]), _repeat(v, q.shape[0])
-    mask = None if window is None or length <= window else visible(length, length, window, q.device)
     return F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling
     )[0].transpose(0, 1)
 
 
 def _answers(
-    q: Tensor, k: Tensor, v: Tensor, prompt: slice, index: Tensor, real: Tensor, scaling: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, prompt: slice, index: Tensor, real: Tensor, scaling: float, mask: Tensor
 ) -> Tensor:
     """The answers of one group side by side, padded inside attention alone -> [their tokens, H, D]."""
     answers, longest = index.shape
@@ -116,7 +124,6 @@ def _answers(
         return x.index_select(1, index.flatten()).unflatten(1, (answers, longest)).transpose(0, 1)
 
     k, v = (_repeat(torch.cat([x[:, prompt].expand(answers, -1, -1, -1), beside(x)], dim=2), heads) for x in (k, v))
-    mask = visible(longest, prompt.stop - prompt.start + longest, window, q.device)
     out = F.scaled_dot_product_attention(beside(q), k, v, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, real)
 

@@ -1,7 +1,9 @@
 """Log-probabilities of given tokens without ever holding [B, T, V].
 
 The vocabulary is 50,000 to 250,000 wide: the full logits of a step cost gigabytes. Here hidden states go through the
-head a chunk of tokens at a time, and backward computes each chunk again instead of keeping it.
+head a chunk of tokens at a time. A token's log-probability is one number that depends on one hidden state, so its whole
+derivative is a vector as wide as that state: it is computed while the logits are at hand, and backward only scales it.
+No logits are kept, none are computed twice.
 """
 
 from collections.abc import Callable
@@ -10,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # tokens whose logits exist at once: 256 * 151,936 * 4 bytes = 148 MiB
+CHUNK = 256  # tokens whose logits exist at once: 256 * 151,936 * 4 bytes = 148 MiB, and as much for probabilities
 
 
 def selected_logprobs(
@@ -20,32 +21,61 @@ def selected_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, H], ids [N] -> log p of the ids and entropy, both [N] in fp32 (or fp64 for a fp64 model).
 
-    `head` maps [n, H] to logits [n, V] and holds no trainable weight. The entropy (nats) carries no gradient.
+    `head` maps [n, H] to new logits [n, V], which are overwritten, and holds no trainable weight. The entropy (nats)
+    carries no gradient, and the gradient none of its own.
     """
-    parts = [
-        checkpoint(_chunk_logprobs, part, part_ids, head, temperature, use_reentrant=False, preserve_rng_state=False)
-        for part, part_ids in zip(hidden.split(chunk), ids.split(chunk), strict=True)
-    ]
-    if not parts:
-        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return empty, empty
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    found: tuple[Tensor, Tensor] = _Selected.apply(hidden, ids, head, temperature, chunk)
+    return found
 
 
-def _chunk_logprobs(
-    hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [n, V]
-    if temperature != 1.0:  # a pass over all of it
-        logits = logits / temperature
-    normaliser = torch.logsumexp(logits, -1)  # [n]
-    logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - normaliser
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = hidden.new_empty(len(ids), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy = torch.empty_like(logprobs)
+        derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in (slice(i, i + chunk) for i in range(0, len(ids), chunk)):
+            made = _chunk(hidden[part], ids[part], head, temperature, derivative is not None)
+            logprobs[part], entropy[part] = made[:2]
+            if derivative is not None:
+                derivative[part] = made[2]
+        ctx.save_for_backward(derivative)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return (derivative * gradients[0].unsqueeze(-1)).to(derivative.dtype), None, None, None, None
+
+
+def _chunk(
+    hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> log p [n], entropy [n], and if `wanted` d log p / d hidden [n, H]."""
+    hidden = hidden.detach().requires_grad_(wanted)
+    with torch.set_grad_enabled(wanted):
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
-        # H = log Z - sum p logit
-        entropy = normaliser - (torch.exp(logits - normaliser.unsqueeze(-1)) * logits).sum(-1)
-    return logprobs, entropy
+        scaled = logits.detach()  # [n, V], from here on in the same memory
+        if temperature != 1.0:
+            scaled.div_(temperature)
+        scaled.sub_(scaled.amax(-1, keepdim=True))
+        place = ids.unsqueeze(-1)
+        selected = scaled.gather(-1, place).squeeze(-1)
+        probs = scaled.exp()
+        total = probs.sum(-1)
+        logprobs = selected - total.log()
+        entropy = total.log() - torch.linalg.vecdot(probs, scaled) / total  # H = log Z - sum p logit
+        if not wanted:
+            return logprobs, entropy, None
+        # d log p / d logits = (one-hot - p) / temperature
+        probs.div_(total.unsqueeze(-1).mul(-temperature))
+        probs.scatter_add_(-1, place, torch.full_like(place, 1 / temperature, dtype=probs.dtype))
+    return logprobs, entropy, torch.autograd.grad(logits, hidden, probs)[0]
 
 
 class Head:

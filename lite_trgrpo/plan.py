@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lite_trgrpo.attention import Packed
-from lite_trgrpo.backends.loading import add_lora, master_weights, no_dropout
+from lite_trgrpo.backends.loading import no_dropout
+from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.options import Config
 from lite_trgrpo.packing import by_prompt
@@ -183,7 +184,7 @@ def _model(config: Config, model_config: Any, dtype: torch.dtype, layers: int) -
     no_dropout(model_config)
     with torch.device("meta"):
         model = add_lora(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config.model)
-    master_weights(model)
+    prepare(model)
     return model
 
 

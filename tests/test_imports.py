@@ -53,17 +53,16 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends": ("", ""),
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
-    "backends.loading": (
-        "backends.weights errors hub options", "bitsandbytes peft safetensors torch transformers"
-    ),
+    "backends.loading": ("backends.weights errors options", "bitsandbytes torch transformers"),
+    "backends.lora": ("backends.weights errors hub options", "peft torch"),
     "backends.groups": ("attention", "torch transformers"),
     "backends.reference": ("policy records rollout.engine", "torch transformers"),
     "backends.network": (
         "attention backends.groups backends.reference logprobs policy records rollout.engine", "torch"
     ),
     "backends.transformers": (
-        "backends.loading backends.network backends.reference backends.template backends.weights errors options policy "
-        "records rollout.engine",
+        "backends.loading backends.lora backends.network backends.reference backends.template backends.weights errors "
+        "options policy records rollout.engine",
         "torch transformers",
     ),
     "weighting": ("objective options", "torch"),
@@ -83,8 +82,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "diagnose": ("objective options policy update weighting", "torch"),
     "plan": (
-        "attention backends.loading backends.network options packing records rollout.cache rollout.engine "
-        "rollout.sampling", "torch transformers"
+        "attention backends.loading backends.lora backends.network options packing records rollout.cache "
+        "rollout.engine rollout.sampling", "torch transformers"
     ),
     "check": ("backends.loading options plan", "psutil torch"),
     "screen": ("", "rich"),
@@ -197,7 +196,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("click", set()),
         ("safetensors", {"checkpoint", "merge"}),
         ("pydantic", {"config", "options"}),
-        ("peft", {"backends.loading"}),
+        ("peft", {"backends.lora"}),
         (
             "transformers",
             {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights", "llamacpp")}

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from lite_trgrpo import config as options
-from lite_trgrpo.backends.loading import add_lora, master_weights
+from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.cli import app
 from lite_trgrpo.packing import by_prompt
@@ -100,7 +100,7 @@ def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
 
 def _real(model, config) -> Network:
     adapted = add_lora(model, config.model)
-    master_weights(adapted)
+    prepare(adapted)
     return Network(adapted, 0, config.train.gradient_checkpointing)
 
 

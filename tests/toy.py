@@ -62,8 +62,8 @@ class ToyPolicy:
         if torch.is_grad_enabled():
             self.calls.append(len(rows))
         flat = [selected_logprobs(
-            torch.eye(len(VOCABULARY), dtype=self.base.dtype)[[prompt[-1], *completion[:-1]]],
-            torch.tensor(completion), lambda h: h @ self._table(), temperature,
+            self._table()[[prompt[-1], *completion[:-1]]],  # its rows are hidden states and logits at once
+            torch.tensor(completion), torch.clone, temperature,
         ) for prompt, completion in rows]  # fmt: skip
         return tuple(nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*flat, strict=True))
 

@@ -1,4 +1,4 @@
-"""Loading a base model in 16, 32 or 4 bits and putting a LoRA adapter on it."""
+"""Loading a base model in 16, 32 or 4 bits."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,6 @@ from torch import nn
 
 from lite_trgrpo.backends.weights import Located, locate_config
 from lite_trgrpo.errors import ModelError, first_line
-from lite_trgrpo.hub import fetch
 from lite_trgrpo.options import Model
 
 
@@ -50,7 +49,7 @@ def _read_config(folder: Path, options: Model) -> Any:
 def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see add_lora
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see lora.add_lora
     config = _read_config(located.folder, options)
     no_dropout(config)
     quantization = None
@@ -92,61 +91,3 @@ def keep_gradients_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def with_lora(base: Any, options: Model, located: Located) -> Any:
-    from peft import PeftModel
-
-    if options.adapter is not None:
-        folder = Path(options.adapter).expanduser()
-        if not folder.is_dir():
-            if options.adapter.count("/") != 1 or options.adapter.startswith((".", "runs/")):
-                raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
-            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / file).is_file():
-                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except Exception as error:  # as above
-            raise ModelError(
-                f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
-                "names the base it was made for"
-            ) from None
-    else:
-        model = add_lora(base, options)
-    master_weights(model)
-    adapter = model.peft_config["default"]
-    adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
-    head = model.get_base_model().get_output_embeddings()
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        raise ModelError("model.lora_targets names the output head, which must stay frozen; take it out of the list")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
-            module.p = 0.0
-    return model
-
-
-def add_lora(base: Any, options: Model) -> Any:
-    """A fresh adapter: B = 0, so the policy starts as its base."""
-    # PEFT imports bitsandbytes, which warns of an optional CPU kernel that it did not find
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from peft import LoraConfig, get_peft_model
-
-    every_layer = options.lora_targets == ["all-linear"]
-    lora = LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-        target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        model = get_peft_model(base, lora)
-    except ValueError as error:
-        raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
-    return model
-
-
-def master_weights(model: nn.Module) -> None:
-    """The adapter in fp32: bf16 weights would lose updates of 1e-5."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

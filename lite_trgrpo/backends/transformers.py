@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.backends import reference
-from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtype, with_lora
+from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtype
+from lite_trgrpo.backends.lora import with_lora
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.backends.template import Template
 from lite_trgrpo.backends.weights import Located, locate
