@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lite_trgrpo import config, session
-from lite_trgrpo.run import Run
+from lite_trgrpo.store.run import Run
 
 FACTOR = 4
 

@@ -120,6 +120,7 @@ def trl_trainer(policy: TransformersPolicy, model: Model, group: int, tokens: in
     Its log-probabilities come from a Triton kernel; where there is no Triton, log_softmax stands in for it.
     """
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import utils
     from trl_equality import plain_logprobs
@@ -141,7 +142,9 @@ def trl_trainer(policy: TransformersPolicy, model: Model, group: int, tokens: in
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 3) for i in range(len(completions))]
 
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=twin.model, args=arguments, processing_class=twin.template.tokenizer,
         train_dataset=Dataset.from_list(rows), reward_funcs=reward,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout, between the lines of the tables
+    return trainer

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from lite_trgrpo import config, data, evaluate, session, trainer
+from lite_trgrpo import config, data, evaluate, session
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.options import Config
-from lite_trgrpo.packing import by_prompt
-from lite_trgrpo.run import Run
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training import trainer
+from lite_trgrpo.training.packing import by_prompt
 
 
 def scored(options: Config, run: Run, quantization: str, answers=None):

@@ -25,7 +25,7 @@ from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Group, Sampling
-from lite_trgrpo.update import prepare_rows, update
+from lite_trgrpo.training.update import prepare_rows, update
 
 PROMPTS, GROUP, TOKENS, BUDGET = 2, 8, 64, 1024
 REWARDS = tuple(float(i % 3) for i in range(GROUP))
@@ -62,7 +62,7 @@ class TrlSteps:
 
     def __init__(self, policy: TransformersPolicy, kind: dict[str, Any], prompts: list[str], steps: int) -> None:
         self.trainer = trl_trainer(
-            policy, demo_model(**kind), GROUP, TOKENS, prompts=prompts, max_steps=steps, disable_tqdm=True,
+            policy, demo_model(**kind), GROUP, TOKENS, prompts=prompts, max_steps=steps,
             generation_kwargs={"min_new_tokens": TOKENS},
         )  # fmt: skip
         self.generation, self.steps = 0.0, []

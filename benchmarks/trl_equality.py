@@ -49,7 +49,7 @@ from lite_trgrpo.objective import group_advantages
 from lite_trgrpo.options import Model, Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Group, Sampling
-from lite_trgrpo.update import prepare_rows, update
+from lite_trgrpo.training.update import prepare_rows, update
 
 LIMIT = 1e-4
 OWN_KERNEL = trl_utils._ChunkedLogProbFunction is not None and os.environ.get("TRITON_INTERPRET") == "1"

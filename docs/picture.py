@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lite_trgrpo import screen
-from lite_trgrpo.run import Run
+from lite_trgrpo.store.run import Run
 
 
 def main(folder: str, picture: str) -> None:

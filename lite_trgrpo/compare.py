@@ -8,14 +8,14 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from lite_trgrpo import session
-from lite_trgrpo.checkpoint import is_complete, newest
 from lite_trgrpo.config import load
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import paired_gain
 from lite_trgrpo.options import Config
-from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
-from lite_trgrpo.stopping import Stop
+from lite_trgrpo.store.checkpoint import is_complete, newest
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training.stopping import Stop
 
 LAST = 10  # steps over which a final entropy is averaged
 Arms = Mapping[tuple[str, int], Config]

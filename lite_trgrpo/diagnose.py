@@ -13,8 +13,8 @@ from torch import Tensor
 from lite_trgrpo.objective import policy_loss
 from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import Policy
-from lite_trgrpo.update import Row, batch_tensors, micro_batches
-from lite_trgrpo.weighting import weights_of
+from lite_trgrpo.training.update import Row, batch_tensors, micro_batches
+from lite_trgrpo.training.weighting import weights_of
 
 SHOWN = ("none", "offset", "centred", "reverse")
 QUARTILES = 4

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.policy import Policy, sample_all
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Scorer
+from lite_trgrpo.training.packing import by_prompt
 
 Estimate = dict[str, float]
 """A proportion or a difference, with its 95 % interval: value, low, high."""

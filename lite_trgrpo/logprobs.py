@@ -35,12 +35,12 @@ class _Selected(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(ids), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.empty_like(logprobs)
-        derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[0]
+        derivative = torch.empty_like(hidden if wanted else hidden[:0])
         for part in (slice(i, i + chunk) for i in range(0, len(ids), chunk)):
-            made = _chunk(hidden[part], ids[part], head, temperature, derivative is not None)
-            logprobs[part], entropy[part] = made[:2]
-            if derivative is not None:
-                derivative[part] = made[2]
+            logprobs[part], entropy[part], gradient = _chunk(hidden[part], ids[part], head, temperature, wanted)
+            if gradient is not None:
+                derivative[part] = gradient
         ctx.save_for_backward(derivative)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

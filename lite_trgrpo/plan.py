@@ -23,11 +23,11 @@ from lite_trgrpo.backends.loading import no_dropout
 from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.options import Config
-from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.cache import GroupCache
 from lite_trgrpo.rollout.engine import READ_AT_ONCE, line_count, slot_count
 from lite_trgrpo.rollout.sampling import draw
+from lite_trgrpo.training.packing import by_prompt
 
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)

@@ -11,18 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo import __version__, check, checkpoint, data, memory, rewards, screen, trainer
+from lite_trgrpo import __version__, check, data, memory, rewards, screen
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.job import Encoded, Listener
-from lite_trgrpo.lock import locked
 from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Sampling
-from lite_trgrpo.run import Run
 from lite_trgrpo.screen import talk
-from lite_trgrpo.stopping import Stop, Stopped
-from lite_trgrpo.update import prepare_rows
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.lock import locked
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training import trainer
+from lite_trgrpo.training.job import Encoded, Listener
+from lite_trgrpo.training.stopping import Stop, Stopped
+from lite_trgrpo.training.update import prepare_rows
 
 if TYPE_CHECKING:
     from lite_trgrpo.backends.transformers import TransformersPolicy

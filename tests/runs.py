@@ -7,8 +7,8 @@ import torch
 
 from lite_trgrpo import config as options
 from lite_trgrpo.options import Config
-from lite_trgrpo.probe import answer, on
-from lite_trgrpo.run import Run
+from lite_trgrpo.sharing.probe import answer, on
+from lite_trgrpo.store.run import Run
 from tests.tiny import tiny_model_folder
 
 BASE = "tiny/base"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lite_trgrpo import checkpoint
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.store import checkpoint
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 

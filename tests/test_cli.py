@@ -13,14 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lite_trgrpo import __version__, checkpoint
+from lite_trgrpo import __version__
 from lite_trgrpo import config as options
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.store import checkpoint
 from tests.toy import ToyPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "eval", "chat", "diagnose", "check", "compare", "export", "presets list", "presets show"]
+COMMANDS = ["train", "eval", "chat", "check", "diagnose", "compare", "export", "presets list", "presets show"]
 ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75}
 SCORES = {"pass@1": ESTIMATE, "truncated": 0.0, "length_mean": 3.0, "rows": [{"prompt": "1 + 1?", "greedy": "2"}]}
 
@@ -39,7 +40,7 @@ def words(text: str) -> str:
 def session(monkeypatch, tmp_path):
     """The commands' own work replaced: what each was called with, in order."""
     from lite_trgrpo import session
-    from lite_trgrpo.run import Run
+    from lite_trgrpo.store.run import Run
 
     calls = []
     monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)) or Run(tmp_path))
@@ -406,7 +407,7 @@ def test_a_preset_is_shown_as_it_stands(name):
 def shown() -> list[str]:
     """Every command that a person could copy: from help texts, code blocks, `inline code` and comments of examples."""
     docs = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
-    others = [*ROOT.glob("examples/*"), *ROOT.glob("presets/*.toml"), ROOT / "lite_trgrpo" / "cli.py"]
+    others = [*ROOT.glob("examples/*"), *ROOT.glob("presets/*.toml"), *ROOT.glob("lite_trgrpo/cli/*.py")]
     found: set[str] = set()
     for path in [*docs, *others]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")

@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from lite_trgrpo import config as options
-from lite_trgrpo import diagnose, trainer
+from lite_trgrpo import diagnose
 from lite_trgrpo.cli import app
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
-from lite_trgrpo.update import prepare_rows, update
+from lite_trgrpo.training import trainer
+from lite_trgrpo.training.update import prepare_rows, update
 from tests.test_trainer import BASE, EXAMPLES
 from tests.toy import InProcess, ToyPolicy
 

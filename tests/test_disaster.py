@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lite_trgrpo import checkpoint
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.lock import locked
-from lite_trgrpo.run import Run
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.lock import locked
+from lite_trgrpo.store.run import Run
 from tests.test_trainer import run_toy, without_clock
 
 CHANGES = {"train": {"steps": 6, "checkpoint_every": 2}, "eval": {"every": 4, "samples": 0}}

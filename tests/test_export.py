@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lite_trgrpo import export, llamacpp, merge
 from lite_trgrpo.backends.weights import locate
 from lite_trgrpo.errors import ExportError, MissingPackageError
 from lite_trgrpo.options import Model
-from lite_trgrpo.probe import ask, on
-from lite_trgrpo.run import Run
+from lite_trgrpo.sharing import export, llamacpp, merge
+from lite_trgrpo.sharing.probe import ask, on
+from lite_trgrpo.store.run import Run
 from tests.runs import BASE, finished_run
 from tests.tiny import tiny_model_folder
 

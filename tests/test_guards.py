@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lite_trgrpo import guards
 from lite_trgrpo.options import Guards
-from lite_trgrpo.run import Run
-from lite_trgrpo.stopping import Stopped
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training import guards
+from lite_trgrpo.training.stopping import Stopped
 from tests.test_trainer import run_toy, without_clock
 from tests.toy import ToyPolicy
 

@@ -20,13 +20,13 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "__init__": ("", ""),
     "errors": ("", ""),
     "records": ("", ""),
-    "disk": ("", ""),
-    "lock": ("errors", ""),
-    "stopping": ("errors", ""),
+    "store.disk": ("", ""),
+    "store.lock": ("errors", ""),
+    "training.stopping": ("errors", ""),
     "objective": ("", "torch"),
     "logprobs": ("", "torch"),
-    "tokenstats": ("", "torch"),
-    "packing": ("", ""),
+    "training.tokenstats": ("", "torch"),
+    "training.packing": ("", ""),
     "options": ("", "pydantic"),
     "config": ("errors options", "pydantic tomli_w"),
     "listing": ("config", ""),
@@ -58,55 +58,72 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends.groups": ("attention", "torch transformers"),
     "backends.reference": ("policy records rollout.engine", "torch transformers"),
     "backends.network": (
-        "attention backends.groups backends.reference logprobs policy records rollout.engine", "torch"
+        "attention backends.groups backends.reference logprobs policy records rollout.engine",
+        "torch",
     ),
     "backends.transformers": (
-        "backends.loading backends.lora backends.network backends.reference backends.template backends.weights errors "
-        "options policy records rollout.engine",
+        "backends.loading backends.lora backends.network backends.reference backends.template backends.weights "
+        "errors options policy records rollout.engine",
         "torch transformers",
     ),
-    "weighting": ("objective options", "torch"),
-    "update": ("errors memory objective options packing policy records tokenstats weighting", "torch"),
-    "optimizer": ("options", "bitsandbytes torch"),
-    "checkpoint": ("disk errors", "safetensors torch"),
-    "run": ("config disk errors options records", ""),
-    "evaluate": ("packing policy records rewards", "torch"),
-    "metrics": ("records", "psutil torch"),
-    "curriculum": ("", ""),
-    "guards": ("options", ""),
-    "job": ("curriculum memory options policy records rewards run stopping", "torch"),
-    "recovery": ("checkpoint guards job", ""),
-    "trainer": (
-        "checkpoint curriculum data errors evaluate guards job memory metrics optimizer options policy records "
-        "recovery rewards run stopping update", "torch"
+    "training": ("", ""),
+    "training.weighting": ("objective options", "torch"),
+    "training.update": (
+        "errors memory objective options policy records training.packing training.tokenstats training.weighting",
+        "torch",
     ),
-    "diagnose": ("objective options policy update weighting", "torch"),
+    "training.optimizer": ("options", "bitsandbytes torch"),
+    "store": ("", ""),
+    "store.checkpoint": ("errors store.disk", "safetensors torch"),
+    "store.run": ("config errors options records store.disk", ""),
+    "evaluate": ("policy records rewards training.packing", "torch"),
+    "training.metrics": ("records", "psutil torch"),
+    "training.curriculum": ("", ""),
+    "training.guards": ("options", ""),
+    "training.job": ("memory options policy records rewards store.run training.curriculum training.stopping", "torch"),
+    "training.recovery": ("store.checkpoint training.guards training.job", ""),
+    "training.trainer": (
+        "data errors evaluate memory options policy records rewards store.checkpoint store.run training.curriculum "
+        "training.guards training.job training.metrics training.optimizer training.recovery training.stopping "
+        "training.update",
+        "torch",
+    ),
+    "diagnose": ("objective options policy training.update training.weighting", "torch"),
     "plan": (
-        "attention backends.loading backends.lora backends.network options packing records rollout.cache "
-        "rollout.engine rollout.sampling", "torch transformers"
+        "attention backends.loading backends.lora backends.network options records rollout.cache rollout.engine "
+        "rollout.sampling training.packing",
+        "torch transformers",
     ),
     "check": ("backends.loading options plan", "psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.loading backends.transformers check checkpoint data diagnose errors evaluate job lock "
-        "memory options policy records rewards run screen stopping trainer update", ""
+        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
+        "records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "training.trainer training.update",
+        "",
     ),
-    "merge": ("errors", "safetensors torch"),
-    "llamacpp": ("errors", "gguf llama_cpp transformers"),
+    "sharing": ("", ""),
+    "sharing.merge": ("errors", "safetensors torch"),
+    "sharing.llamacpp": ("errors", "gguf llama_cpp transformers"),
     "backends.llamacpp": ("backends.template errors options policy records", "llama_cpp torch transformers"),
-    "probe": (
-        "backends.llamacpp backends.transformers config data errors evaluate llamacpp options packing session trainer",
+    "sharing.probe": (
+        "backends.llamacpp backends.transformers config data errors evaluate options session sharing.llamacpp "
+        "training.packing training.trainer",
         "torch",
     ),
-    "export": ("backends.weights errors evaluate llamacpp merge options probe run", ""),
-    "card": ("config options run", "huggingface_hub"),
-    "publish": ("card errors export figures options run", "huggingface_hub"),
-    "compare": ("checkpoint config errors evaluate options run screen session stopping", ""),
-    "cli": (
-        "__init__ check compare config errors export figures listing options publish run screen session stopping",
-        "typer",
+    "sharing.export": (
+        "backends.weights errors evaluate options sharing.llamacpp sharing.merge sharing.probe store.run",
+        "",
     ),
+    "sharing.card": ("config options store.run", "huggingface_hub"),
+    "sharing.publish": ("errors figures options sharing.card sharing.export store.run", "huggingface_hub"),
+    "compare": ("config errors evaluate options screen session store.checkpoint store.run training.stopping", ""),
+    "cli.app": ("__init__ errors training.stopping", "typer"),
+    "cli.work": ("cli.app config screen session training.stopping", "typer"),
+    "cli.look": ("check cli.app compare config figures options screen session", "typer"),
+    "cli.give": ("cli.app config listing screen sharing.export sharing.publish store.run", "typer"),
+    "cli": ("cli.app cli.give cli.look cli.work", ""),
     "__main__": ("cli", ""),
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
@@ -191,18 +208,18 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("typer", {"cli"}),
+        ("typer", {"cli.app", "cli.give", "cli.look", "cli.work"}),
         ("rich", {"screen"}),
         ("click", set()),
-        ("safetensors", {"checkpoint", "merge"}),
+        ("safetensors", {"store.checkpoint", "sharing.merge"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.lora"}),
         (
             "transformers",
             {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights", "llamacpp")}
-            | {"plan", "llamacpp"},
+            | {"plan", "sharing.llamacpp"},
         ),
-        ("bitsandbytes", {"backends.loading", "optimizer"}),
+        ("bitsandbytes", {"backends.loading", "training.optimizer"}),
     ],
 )
 def test_a_library_has_its_place(library, modules):
@@ -230,13 +247,13 @@ def loaded_after(code: str) -> set[str]:
 
 def test_the_loop_and_the_mathematics_load_no_model_library():
     """Not through others either: all that the trainer imports, `data` and `rewards` among it."""
-    loaded = loaded_after("import lite_trgrpo.trainer, lite_trgrpo.objective, lite_trgrpo.rollout.engine")
+    loaded = loaded_after("import lite_trgrpo.training.trainer, lite_trgrpo.objective, lite_trgrpo.rollout.engine")
     assert {"torch", "lite_trgrpo"} <= loaded
     assert not loaded & (LAZY | {"typer", "rich"})
 
 
 def test_records_rewards_and_data_load_no_torch():
-    loaded = loaded_after("import lite_trgrpo.records, lite_trgrpo.rewards, lite_trgrpo.data, lite_trgrpo.run")
+    loaded = loaded_after("import lite_trgrpo.records, lite_trgrpo.rewards, lite_trgrpo.data, lite_trgrpo.store.run")
     assert not loaded & (LAZY | {"torch", "numpy"})
 
 

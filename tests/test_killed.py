@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lite_trgrpo.checkpoint import newest
+from lite_trgrpo.store.checkpoint import newest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 ROOT = Path(__file__).resolve().parent.parent

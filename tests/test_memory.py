@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lite_trgrpo import checkpoint, memory, session
 from lite_trgrpo import config as options
+from lite_trgrpo import memory, session
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.errors import OutOfMemoryError
@@ -18,8 +18,9 @@ from lite_trgrpo.memory import Limits, ran_out
 from lite_trgrpo.options import Model, Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
-from lite_trgrpo.stopping import Stop
-from lite_trgrpo.update import micro_batches, prepare_rows, update
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.training.stopping import Stop
+from lite_trgrpo.training.update import micro_batches, prepare_rows, update
 from tests.tiny import KINDS, tiny_model_folder
 from tests.toy import ToyPolicy
 

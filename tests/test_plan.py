@@ -11,9 +11,9 @@ from lite_trgrpo import config as options
 from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.cli import app
-from lite_trgrpo.packing import by_prompt
 from lite_trgrpo.plan import NF4_BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.rollout.engine import Engine, slot_count
+from lite_trgrpo.training.packing import by_prompt
 from tests.tiny import KINDS, tiny_model
 
 PROMPT = 48

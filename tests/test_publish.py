@@ -8,10 +8,10 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from typer.testing import CliRunner
 
-from lite_trgrpo import card, export, publish
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import HubError
-from lite_trgrpo.probe import answer, on
+from lite_trgrpo.sharing import card, export, publish
+from lite_trgrpo.sharing.probe import answer, on
 from tests.hub_uploads import TOKEN, USER, UploadServer
 from tests.runs import BASE, finished_run
 

@@ -16,7 +16,7 @@ from lite_trgrpo import config
 from lite_trgrpo.errors import ConfigError
 from lite_trgrpo.objective import denominators, group_advantages, linear_weights, policy_loss
 from lite_trgrpo.options import Objective
-from lite_trgrpo.weighting import weights_of
+from lite_trgrpo.training.weighting import weights_of
 
 # on both sides of every bound below: 0.8, 1.28, the dual clip at 3, CISPO's cap at 5, DPPO's at 20
 RATIOS = [0.04, 0.5, 0.79, 0.81, 0.9, 1.0, 1.1, 1.27, 1.29, 2.5, 2.9, 3.1, 4.9, 5.1, 19.0, 21.0, 30.0]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lite_trgrpo import checkpoint
 from lite_trgrpo.errors import ConfigError
-from lite_trgrpo.stopping import Stop, Stopped, next_time
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.training.stopping import Stop, Stopped, next_time
 from tests.test_trainer import run_toy, without_clock
 from tests.toy import ToyPolicy
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lite_trgrpo import config as options
-from lite_trgrpo import trainer
-from lite_trgrpo.checkpoint import newest
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.job import Listener
-from lite_trgrpo.optimizer import learning_rate_at
 from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
-from lite_trgrpo.run import Run
-from lite_trgrpo.stopping import Stop
+from lite_trgrpo.store.checkpoint import newest
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training import trainer
+from lite_trgrpo.training.job import Listener
+from lite_trgrpo.training.optimizer import learning_rate_at
+from lite_trgrpo.training.stopping import Stop
 from tests.toy import InProcess, ToyPolicy
 
 BASE = {

@@ -6,14 +6,14 @@ import statistics
 import pytest
 import torch
 
-from lite_trgrpo import update as module
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
-from lite_trgrpo.tokenstats import BINS, TokenStatistics, histogram
-from lite_trgrpo.update import prepare_rows, update
-from lite_trgrpo.weighting import step_mean, weights_of
+from lite_trgrpo.training import update as module
+from lite_trgrpo.training.tokenstats import BINS, TokenStatistics, histogram
+from lite_trgrpo.training.update import prepare_rows, update
+from lite_trgrpo.training.weighting import step_mean, weights_of
 from tests.toy import ToyPolicy
 
 # log-probabilities of a step as they were sampled: ragged, with p from 1e-4 to 1

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo import llamacpp, merge
 from lite_trgrpo.backends.weights import Located, gguf_behind, locate
 from lite_trgrpo.errors import ExportError
 from lite_trgrpo.evaluate import paired_gain, wilson
 from lite_trgrpo.options import Config
-from lite_trgrpo.probe import Answers, ask, of_rows, on
-from lite_trgrpo.run import Run
+from lite_trgrpo.sharing import llamacpp, merge
+from lite_trgrpo.sharing.probe import Answers, ask, of_rows, on
+from lite_trgrpo.store.run import Run
 
 WEIGHTS = "adapter_model.safetensors"
 KEPT = 0.5  # share of the trained gain that a form must keep where the gain is certain

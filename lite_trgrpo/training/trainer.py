@@ -9,23 +9,24 @@ from statistics import pvariance
 
 import torch
 
-from lite_trgrpo import checkpoint, guards, recovery
-from lite_trgrpo.curriculum import CHOICE, SolveRates
 from lite_trgrpo.data import batch
 from lite_trgrpo.errors import DataError, OutOfMemoryError
 from lite_trgrpo.evaluate import evaluate, paired_gain
-from lite_trgrpo.job import Encoded, Job, Listener, Metrics
 from lite_trgrpo.memory import Limits
-from lite_trgrpo.metrics import finite, has_signal, memory, of_rollout, solved_of, timed
-from lite_trgrpo.optimizer import learning_rate_at, make_optimizer
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy, sample_groups
 from lite_trgrpo.records import Example, Group, Sampling
-from lite_trgrpo.recovery import score_of
 from lite_trgrpo.rewards import Scorer, failure_counts
-from lite_trgrpo.run import Run
-from lite_trgrpo.stopping import Stop, Stopped
-from lite_trgrpo.update import prepare_rows, probe, update
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training import guards, recovery
+from lite_trgrpo.training.curriculum import CHOICE, SolveRates
+from lite_trgrpo.training.job import Encoded, Job, Listener, Metrics
+from lite_trgrpo.training.metrics import finite, has_signal, memory, of_rollout, solved_of, timed
+from lite_trgrpo.training.optimizer import learning_rate_at, make_optimizer
+from lite_trgrpo.training.recovery import score_of
+from lite_trgrpo.training.stopping import Stop, Stopped
+from lite_trgrpo.training.update import prepare_rows, probe, update
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers
 PROBED = 4  # answers on which an update's effect is measured

@@ -1,7 +1,7 @@
 """What one model answers to a run's held-out prompts, from a fresh process: nothing of the export is in its memory.
 
-`ask` starts `python -m lite_trgrpo.probe`, which loads the model that the options name, answers greedily, scores the
-answers with the run's rewards, and gives the log-probabilities of given tokens.
+`ask` starts `python -m lite_trgrpo.sharing.probe`, which loads the model that the options name, answers greedily,
+scores the answers with the run's rewards, and gives the log-probabilities of given tokens.
 """
 
 import json
@@ -45,7 +45,7 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
         request.write_text(json.dumps(given), encoding="utf-8")
         # a GGUF that transformers reads is converted into the cache: not worth keeping
         env = os.environ | ({"LITE_TRGRPO_CACHE": folder} if gguf else {})
-        words = [sys.executable, "-m", "lite_trgrpo.probe", str(request)]
+        words = [sys.executable, "-m", "lite_trgrpo.sharing.probe", str(request)]
         done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", errors="replace", env=env)
         if "OutOfMemoryError" in done.stderr and config.model.device != "cpu":
             # unquantised weights may not fit the card that trained on quantised ones
@@ -67,8 +67,9 @@ def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) ->
     """In this process."""
     import torch
 
-    from lite_trgrpo import data, evaluate, session, trainer
-    from lite_trgrpo.packing import by_prompt
+    from lite_trgrpo import data, evaluate, session
+    from lite_trgrpo.training import trainer
+    from lite_trgrpo.training.packing import by_prompt
 
     _, heldout = data.load(config.data, config.eval.rows or ROWS)
     policy = _policy(config, gguf)
@@ -95,7 +96,7 @@ def of_rows(rows: Sequence[Mapping[str, Any]], logprobs: list[list[float]]) -> A
 
 
 def _policy(config: Config, gguf: Path | None) -> Any:
-    from lite_trgrpo.llamacpp import has_runtime
+    from lite_trgrpo.sharing.llamacpp import has_runtime
 
     if gguf is not None and has_runtime():
         from lite_trgrpo.backends.llamacpp import LlamaCppPolicy

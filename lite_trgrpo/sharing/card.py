@@ -9,7 +9,7 @@ from typing import Any
 
 from lite_trgrpo import config as options
 from lite_trgrpo.options import Config
-from lite_trgrpo.run import Run
+from lite_trgrpo.store.run import Run
 
 PAPER = "https://arxiv.org/abs/2511.00066"
 TAGS = ["lite-trgrpo", "tr-grpo", "grpo", "peft", "lora"]

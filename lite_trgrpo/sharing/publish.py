@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite_trgrpo import card, export, figures
+from lite_trgrpo import figures
 from lite_trgrpo.errors import HubError, first_line
 from lite_trgrpo.options import Config
-from lite_trgrpo.run import Run
+from lite_trgrpo.sharing import card, export
+from lite_trgrpo.store.run import Run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lite_trgrpo.disk import sync
 from lite_trgrpo.errors import RunError
+from lite_trgrpo.store.disk import sync
 
 STATE = "state.json"
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite_trgrpo.curriculum import SolveRates
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Example, Prompt
 from lite_trgrpo.rewards import Scorer
-from lite_trgrpo.run import Run
-from lite_trgrpo.stopping import Stop
+from lite_trgrpo.store.run import Run
+from lite_trgrpo.training.curriculum import SolveRates
+from lite_trgrpo.training.stopping import Stop
 
 Encoded = list[tuple[Example, Prompt]]
 Metrics = dict[str, Any]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lite_trgrpo.config import to_toml
-from lite_trgrpo.disk import sync, write_whole
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Config
 from lite_trgrpo.records import Group
+from lite_trgrpo.store.disk import sync, write_whole
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 AFTERWARDS = "checkpoints made before are intact: mend that, then go on with `lite-trgrpo train --resume`"

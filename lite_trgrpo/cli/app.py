@@ -1,0 +1,66 @@
+"""The application, the options that commands share, how a command fails."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lite_trgrpo import __version__
+from lite_trgrpo.errors import LiteError
+from lite_trgrpo.training.stopping import Stopped
+
+app = typer.Typer(
+    name="lite-trgrpo",
+    help="Teach a small language model to reason on one GPU: TR-GRPO with LoRA on a 4-bit base.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+presets_app = typer.Typer(help="The presets that come with lite-trgrpo.", no_args_is_help=True)
+app.add_typer(presets_app, name="presets")
+
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")
+]
+ObjectiveOption = Annotated[
+    str | None, typer.Option("--objective", help="An objective recipe: see `lite-trgrpo presets list --objectives`")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="train.seed")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a Hub id")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Known failures end with their message and exit code 1, Ctrl-C with 130, a run that stops with its own."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except LiteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()

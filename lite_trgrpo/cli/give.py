@@ -1,0 +1,71 @@
+"""Commands for what is there already: export, presets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lite_trgrpo.cli.app import app, command, presets_app
+
+
+@app.command()
+@command
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run", metavar="RUN")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merged 16-bit safetensors too")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="A GGUF and an Ollama Modelfile too (needs llama.cpp)")] = False,
+    gguf_type: Annotated[str, typer.Option("--gguf-type", help="q8_0, f16 or q4_k_m")] = "q8_0",
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="USER/REPO", help="Put it on the Hugging Face Hub")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of the repository on the Hub")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and stop")] = False,
+) -> None:
+    """Write RUN/export: the adapter as others load it, loaded again in a fresh process and compared.
+
+    Example: lite-trgrpo export runs/demo --merge --push USER/REPO
+    """
+    from lite_trgrpo import config as options
+    from lite_trgrpo.store.run import Run
+
+    found = Run.existing(run)
+    resolved = options.load(file=found.folder / "config.toml")
+    from lite_trgrpo import screen
+    from lite_trgrpo.sharing import publish
+    from lite_trgrpo.sharing.export import Wanted
+
+    wanted = Wanted(merge, gguf_type if gguf else None)
+    if dry_run:
+        files, text = publish.preview(found, resolved, wanted, push)
+        print("\n".join([*files, "", text]), end="")
+        return
+    report = publish.deliver(found, resolved, wanted, push, private, screen.say)
+    screen.show([screen.export_table(report)])
+
+
+@presets_app.command(name="list")
+@command
+def presets_list(
+    objectives: Annotated[bool, typer.Option("--objectives", help="List the objective recipes instead")] = False,
+) -> None:
+    """What each preset teaches, on which card, how long; or each objective's formula and source.
+
+    Example: lite-trgrpo presets list
+    """
+    from lite_trgrpo import listing
+
+    for line in listing.objectives() if objectives else listing.presets():
+        print(line)
+
+
+@presets_app.command(name="show")
+@command
+def presets_show(name: Annotated[str, typer.Argument(help="A preset's or objective's name")]) -> None:
+    """Print a preset's file: a start for your own (--config).
+
+    Example: lite-trgrpo presets show demo
+    """
+    from lite_trgrpo import config as options
+
+    known = options.objective_path(name) if name in options.objectives() else options.preset_path(name)
+    print(known.read_text(encoding="utf-8"), end="")

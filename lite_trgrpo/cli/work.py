@@ -1,0 +1,122 @@
+"""Commands that run the model: train, eval, chat."""
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lite_trgrpo.cli.app import (
+    AdapterOption,
+    ConfigOption,
+    ObjectiveOption,
+    PresetOption,
+    SeedOption,
+    SetOption,
+    app,
+    command,
+)
+from lite_trgrpo.training.stopping import Stop, next_time
+
+
+@app.command()
+@command
+def train(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")
+    ] = None,
+    objective: ObjectiveOption = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or with the newest unfinished one")] = False,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run's folder")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours, resumably")] = None,
+    stop_at: Annotated[
+        str | None, typer.Option("--stop-at", metavar="HH:MM", help="Stop at this time of day, resumably")
+    ] = None,
+) -> None:
+    """Train a LoRA adapter.
+
+    Example: lite-trgrpo train --preset demo
+    """
+    from lite_trgrpo import config as options
+
+    if max_hours is not None and not max_hours > 0:
+        raise typer.BadParameter(f"--max-hours {max_hours:g} must be above 0")
+    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at is not None else None)
+    named = {"train.steps": steps, "train.seed": seed}
+    if resume:
+        if preset or config or output or objective:
+            raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
+        from lite_trgrpo import session
+
+        run = session.to_resume(run)
+        resolved, changed = options.resumed(run, set_, named)
+        for line in changed:
+            print(f"changed: {line}", file=sys.stderr)
+    elif run:
+        raise typer.BadParameter(f"'{run}' stands alone: type --preset {run}, or --resume {run} to go on with a run")
+    else:
+        resolved = options.load(preset, config, set_, named, objective)
+    if dry_run:
+        print(options.to_toml(resolved), end="")
+        return
+    from lite_trgrpo import screen, session
+
+    name = preset or (config.stem if config else "run")
+    output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if len(evaluations := session.train(resolved, output, run, stop).evaluations()) > 1:
+        screen.show(screen.comparison(evaluations[0], evaluations[-1]))
+
+
+@app.command(name="eval")
+@command
+def evaluate(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each row with its answer")] = False,
+) -> None:
+    """Score an adapter, or the base without one, on held-out rows of any source.
+
+    Example: lite-trgrpo eval --preset demo --adapter runs/demo/adapter
+    """
+    from lite_trgrpo import config as options
+
+    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    from lite_trgrpo import session
+
+    result = session.evaluate(resolved)
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    from lite_trgrpo.screen import score_table, show
+
+    show([score_table(result)])
+
+
+@app.command()
+@command
+def chat(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Talk to the model, with or without an adapter. An empty line ends it.
+
+    Example: lite-trgrpo chat --preset demo --adapter runs/demo/adapter
+    """
+    from lite_trgrpo import config as options
+
+    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    from lite_trgrpo import session
+
+    session.chat(resolved)

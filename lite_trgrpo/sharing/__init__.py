@@ -1,0 +1,1 @@
+"""A finished run on its way to others: exports, their proof, the Hub."""
