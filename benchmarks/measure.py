@@ -23,7 +23,10 @@ import torch
 
 from lite_trgrpo import config
 from lite_trgrpo.backends.transformers import TransformersPolicy, load
-from lite_trgrpo.options import Model
+from lite_trgrpo.memory import Limits
+from lite_trgrpo.options import Model, Objective
+from lite_trgrpo.records import Completion, Example, Group
+from lite_trgrpo.training.update import prepare_rows, update
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -87,9 +90,9 @@ def demo_model(**options: Any) -> Model:
     return config.load("demo").model.model_copy(update=options)
 
 
-def policy_for(**options: Any) -> TransformersPolicy:
+def policy_for(gradient_checkpointing: bool = False, **options: Any) -> TransformersPolicy:
     """SmolLM2-135M-Instruct with LoRA on every linear layer; B is random, so that the adapter does something."""
-    policy = load(demo_model(**options), seed=0)
+    policy = load(demo_model(**options), seed=0, gradient_checkpointing=gradient_checkpointing)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
@@ -112,6 +115,22 @@ def questions(count: int, long: bool) -> list[str]:
         examples = "".join(f"Question: {text}\nAnswer: She has {n} coins.\n\n" for text, n in solved)
         found.append(f"{examples}{problem()[0]}")
     return found
+
+
+def groups_of(prompts: list[Any], answers: list[list[Completion]]) -> list[Group]:
+    """Rewards with signal in every group."""
+    rewards = tuple(float(i % 3) for i in range(len(answers[0])))
+    return [Group(Example(p.text, {}, ""), p, a, rewards) for p, a in zip(prompts, answers, strict=True)]
+
+
+def run_update(
+    policy: TransformersPolicy, optimizer: torch.optim.Optimizer, groups: list[Group], tokens: int, budget: int
+) -> None:
+    """tokens: the cap on an answer; budget: tokens of a micro-batch."""
+    update(
+        policy, optimizer, prepare_rows(groups, Objective(), tokens), Objective(), temperature=1.0, updates=1,
+        limits=Limits(budget, 64), max_grad_norm=1.0,
+    )  # fmt: skip
 
 
 def trl_trainer(policy: TransformersPolicy, model: Model, group: int, tokens: int, **settings: Any) -> Any:

@@ -16,45 +16,36 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
+from measure import Spent, demo_model, groups_of, middle, policy_for, questions, run_update, spent, trl_trainer, where
 
 from lite_trgrpo.attention import Packed
 from lite_trgrpo.backends import network as backend
 from lite_trgrpo.backends.transformers import TransformersPolicy
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Objective
 from lite_trgrpo.policy import sample_all
-from lite_trgrpo.records import Completion, Example, Group, Sampling
-from lite_trgrpo.training.update import prepare_rows, update
+from lite_trgrpo.records import Prompt, Sampling
 
-PROMPTS, GROUP, TOKENS, BUDGET = 2, 8, 64, 1024
-REWARDS = tuple(float(i % 3) for i in range(GROUP))
+PROMPTS, GROUP, TOKENS = 2, 8, 64
 KINDS = {"fp32": {"dtype": "float32"}, "bf16": {"dtype": "bfloat16"}}
 
 
 def our_step(policy: TransformersPolicy, prompts: list[str]) -> Callable[[], tuple[Spent, Spent]]:
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     encoded = [policy.encode(prompt) for prompt in prompts]
+    budget = micro_batch(encoded)
 
     def step() -> tuple[Spent, Spent]:
         with spent() as rollout:
             answers = sample_all(policy, encoded, Sampling(GROUP, TOKENS, key=(int(time.time()),)))
         with spent() as updating:
-            run_update(policy, optimizer, groups_of(encoded, answers))
+            run_update(policy, optimizer, groups_of(encoded, answers), TOKENS, budget)
         return rollout, updating
 
     return step
 
 
-def groups_of(prompts: list[Any], answers: list[list[Completion]]) -> list[Group]:
-    return [Group(Example(p.text, {}, ""), p, a, REWARDS) for p, a in zip(prompts, answers, strict=True)]
-
-
-def run_update(policy: TransformersPolicy, optimizer: torch.optim.Optimizer, groups: list[Group]) -> None:
-    update(
-        policy, optimizer, prepare_rows(groups, Objective(), TOKENS), Objective(), temperature=1.0, updates=1,
-        limits=Limits(BUDGET, 64), max_grad_norm=1.0,
-    )  # fmt: skip
+def micro_batch(prompts: list[Prompt]) -> int:
+    """Tokens of a group: the smallest micro-batch that reads no prompt twice."""
+    return max(len(prompt.ids) for prompt in prompts) + GROUP * TOKENS
 
 
 class TrlSteps:
@@ -130,6 +121,7 @@ def ablation(long: bool, kind: dict[str, Any], repetitions: int) -> None:
     policy = policy_for(**kind)
     policy.end_ids = frozenset()
     encoded = [policy.encode(prompt) for prompt in prompts]
+    budget = micro_batch(encoded)
     groups = groups_of(encoded, sample_all(policy, encoded, Sampling(GROUP, TOKENS)))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     network = policy.network
@@ -165,9 +157,9 @@ def ablation(long: bool, kind: dict[str, Any], repetitions: int) -> None:
                 layer.forward = forward if list(parts).index(name) >= 4 else forward.args[1]
             network.gradient_checkpointing = name == "+ gradient checkpointing"
             with spent() as used:
-                run_update(policy, optimizer, groups)
+                run_update(policy, optimizer, groups, TOKENS, budget)
             found[name].append(used)
-    print(f"update alone, micro-batches of {BUDGET} tokens, prompts of {len(encoded[0].ids)}")
+    print(f"update alone, micro-batches of {budget} tokens, prompts of {len(encoded[0].ids)}")
     for name, runs in found.items():
         print(
             f"  {name:28} {median(run.seconds for run in runs):6.1f} s  {median(run.mib for run in runs):6.0f} MiB",

@@ -1,13 +1,18 @@
-"""Before a run: will it fit?"""
+"""Before a run: will it fit, and how long will it take?"""
 
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
 import torch
 
 from lite_trgrpo.backends.loading import load_config, resolve_device, resolve_dtype
+from lite_trgrpo.config import load
+from lite_trgrpo.errors import LiteError
 from lite_trgrpo.options import Config
-from lite_trgrpo.plan import fitting, plan
+from lite_trgrpo.plan import Plan, fitting, plan
+from lite_trgrpo.store.run import Run
 
 CARD_OVERHEAD = 600 * 2**20  # a CUDA context and what its libraries keep; an assumption until measured on a card
 DESKTOP = 512 * 2**20  # left for what else the card shows
@@ -25,7 +30,10 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
     dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
     shape, longest = load_config(config.model), config.data.max_prompt_tokens
     overhead, available = _room(device, vram)
-    found = plan(config, shape, dtype, longest)
+    given, found = config, plan(config, shape, dtype, longest)
+    if device.type == "cuda" and config.rollout.cache_mib is None:
+        config = _with_cache(config, found, available - overhead)
+        found = plan(config, shape, dtype, longest)
     parts = {name: getattr(found, name) for name in ("weights", "adapter", "cache", "rollout", "update")}
     result = {
         "parts": {**parts, "overhead": overhead},
@@ -36,10 +44,45 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
         "changes": [],
     }
     if result["fits"]:
-        return result, config
+        return result, given
     fit = fitting(config, shape, dtype, longest, available - overhead)
     result["changes"] = None if fit is None else fit[1]
     return result, None if fit is None else fit[0]
+
+
+def _with_cache(config: Config, found: Plan, room: int) -> Config:
+    """What a run takes by itself: a third of what is free once the model is loaded."""
+    mib = max(1, (room - found.weights) // 3 // 2**20)
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"cache_mib": mib})})
+
+
+def past(config: Config, runs: Path) -> dict[str, Any] | None:
+    """How long a run will take, and what the same model took before, by the newest run of it in `runs`; None: none yet.
+
+    -> {"run", "step_s", "hours" (evaluations included), "peak" (bytes; of the card where there is one)}. A step is
+    taken to cost as much a token as then, answers to be as long.
+    """
+    written = sorted(runs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in written:
+        try:
+            run = Run.existing(path.parent)
+            before, steps, scores = load(file=run.folder / "config.toml"), run.metrics(), run.evaluations()
+        except LiteError:  # an older version's, or a broken one
+            continue
+        same = all(getattr(before.model, key) == getattr(config.model, key) for key in ("name", "quantization"))
+        if not steps or not same or before.model.device != config.model.device:
+            continue
+        clocks = [step["clock"] for step in steps]
+        seconds = sum(clock["rollout_s"] + clock["reward_s"] + clock["update_s"] for clock in clocks)
+        length = min(fmean(step["length_mean"] for step in steps), config.rollout.max_new_tokens)
+        tokens = length * config.train.prompts_per_step * config.rollout.group_size
+        step_s = seconds / max(1, sum(step["tokens"] for step in steps)) * tokens
+        times = 2 + (config.train.steps - 1) // config.eval.every if config.eval.every else 2
+        eval_s = times * fmean(score["clock"]["eval_s"] for score in scores) if scores else 0.0
+        peak = max(clock.get("cuda_peak_mib", clock["rss_mib"]) for clock in clocks)
+        hours = (step_s * config.train.steps + eval_s) / 3600
+        return {"run": str(run.folder), "step_s": step_s, "hours": hours, "peak": int(peak * 2**20)}
+    return None
 
 
 def _room(device: torch.device, vram: int | None) -> tuple[int, int]:

@@ -94,7 +94,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "rollout.sampling training.packing",
         "torch transformers",
     ),
-    "check": ("backends.loading options plan", "psutil torch"),
+    "check": ("backends.loading config errors options plan store.run", "psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (

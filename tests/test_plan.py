@@ -7,12 +7,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from lite_trgrpo import check
 from lite_trgrpo import config as options
 from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.cli import app
 from lite_trgrpo.plan import NF4_BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.rollout.engine import Engine, slot_count
+from lite_trgrpo.store.run import Run
 from lite_trgrpo.training.packing import by_prompt
 from tests.tiny import KINDS, tiny_model
 
@@ -156,3 +158,46 @@ def test_options_that_fit_are_written_to_a_file(tiny_config, tmp_path):
     done = CliRunner().invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--fit", str(file)])
     assert done.exit_code == 0, done.output
     assert options.load(file=file) == options.load(file=tiny_config)
+
+
+def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tiny_config):
+    """A third of what is free once the model is loaded, also when that is far more than 2 GiB."""
+    many = [
+        "rollout.group_size=64",
+        "rollout.max_rows=4096",
+        "train.prompts_per_step=64",
+        "rollout.max_new_tokens=1024",
+    ]
+    config = options.load(file=tiny_config, overrides=many)
+    caches = [check.memory(config, size * 10**9)[0]["parts"]["cache"] for size in (8, 12, 24)]
+    assert caches[0] < caches[1] < caches[2]
+    for cache, size in zip(caches, (8, 12, 24), strict=True):
+        free = size * 10**9 - check.DESKTOP - check.CARD_OVERHEAD
+        assert 0.25 * free < cache <= free / 3
+
+
+def written(folder, config, steps):
+    run = Run(folder)
+    run.create()
+    run.describe(config, {})
+    clock = {"rollout_s": 6.0, "reward_s": 0.5, "update_s": 3.5, "rss_mib": 700.0}
+    for step in range(steps):
+        run.log_step({"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock}, [])
+    run.log_eval({"step": 0, "clock": {"eval_s": 30.0}})
+
+
+def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, tmp_path):
+    config = options.load(file=tiny_config)  # 3 prompts, groups of 4, at most 6 tokens, 2 steps
+    assert check.past(config, tmp_path / "runs") is None
+    other = config.model_copy(update={"model": config.model.model_copy(update={"name": "other/model"})})
+    (tmp_path / "runs").mkdir()
+    written(tmp_path / "runs" / "other", other, 3)
+    assert check.past(config, tmp_path / "runs") is None
+    written(tmp_path / "runs" / "same", config, 3)
+    found = check.past(config, tmp_path / "runs")
+    # 10 s for 100 tokens; a step will have 3 * 4 answers of 5 tokens; scores before and after
+    assert found["step_s"] == pytest.approx(6.0) and found["peak"] == 700 * 2**20
+    assert found["hours"] == pytest.approx((2 * 6.0 + 2 * 30.0) / 3600)
+    assert found["run"].endswith("same")
+    (tmp_path / "runs" / "same" / "config.toml").write_text("nonsense")
+    assert check.past(config, tmp_path / "runs") is None

@@ -56,10 +56,10 @@ def draw(
     else:
         cumulative = weights.cumsum(-1)
         total = cumulative[:, -1:]
+        below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not put the target on the total
+        target = torch.minimum(uniform.to(total.dtype).unsqueeze(-1) * total, below)
         # right=True: the first entry above the target, so an id of probability 0 is never drawn
-        ids = torch.searchsorted(cumulative, uniform.to(total.dtype).unsqueeze(-1) * total, right=True)
-        if (beyond := ids >= weights.shape[-1]).any():  # rounding put the target on the last entry
-            ids = torch.where(beyond, weights.argmax(-1, keepdim=True), ids)
+        ids = torch.searchsorted(cumulative, target, right=True)
     return ids.squeeze(-1), (scaled.gather(-1, ids) - total.log()).squeeze(-1)
 
 
