@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
+from torch.profiler import ProfilerActivity, profile
 
 from lite_trgrpo.backends.transformers import TransformersPolicy
 from lite_trgrpo.policy import sample_all
@@ -112,6 +113,25 @@ def near_the_limit(name: str, policy: TransformersPolicy) -> None:
         )
 
 
+def rest(name: str, policy: TransformersPolicy) -> None:
+    """Where the time of a decoding step goes at 32 rows, by operation."""
+    prompts = [policy.encode(question).ids for question in questions(4, False)]
+    engine = Engine(policy.network, prompts, Sampling(8, 24, key=(2,)), frozenset(), 32)
+    engine._admit()
+    engine._step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(10):
+            engine._step()
+    events = sorted(found.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    whole = sum(event.self_cpu_time_total for event in events)
+    print(f"{name:5} 32 rows, by operation: ", end="")
+    print(
+        ", ".join(
+            f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / whole:.0%}" for event in events[:12]
+        )
+    )
+
+
 @torch.no_grad()
 def plain_products(policy: TransformersPolicy, rows: int) -> float:
     """Seconds for every linear layer, its LoRA pair and the head, as plain products."""
@@ -168,6 +188,7 @@ def main() -> None:
         if not quick and name != "nf4":
             print()
             near_the_limit(name, policy)
+            rest(name, policy)
             print()
     if not quick:
         growth(policy_for())

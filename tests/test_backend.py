@@ -163,6 +163,13 @@ def test_saved_adapter_is_plain_peft(folders, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.trainable().values(), policy.trainable().values(), strict=True))
 
 
+def test_an_adapter_made_for_another_base_is_said(folders, tmp_path, capsys):
+    policy_of(folders["qwen2"], upstream="Someone/Base-1B").save_adapter(tmp_path / "adapter")
+    for base, warned in (("Someone/Base-1B", False), ("Someone/Other-1B", True)):
+        policy_of(folders["qwen2"], random_adapter=False, upstream=base, adapter=str(tmp_path / "adapter"))
+        assert (f"made for Someone/Base-1B, the base here is {base}" in capsys.readouterr().err) == warned
+
+
 def test_adapter_names_its_base_folder(folders, tmp_path):
     """Without an upstream id the adapter still finds its base: PEFT alone loads both."""
     policy = policy_of(folders["llama"])

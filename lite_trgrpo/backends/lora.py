@@ -1,6 +1,7 @@
 """The LoRA adapter: made or loaded by PEFT, its products by ourselves."""
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,9 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
                 f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
                 "names the base it was made for"
             ) from None
+        made_for = model.peft_config["default"].base_model_name_or_path
+        if made_for != located.upstream:  # shapes may fit all the same, as between a base and its instruct model
+            print(f"warning: the adapter was made for {made_for}, the base here is {located.upstream}", file=sys.stderr)
     else:
         model = add_lora(base, options)
     prepare(model)
