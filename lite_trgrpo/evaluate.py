@@ -61,10 +61,10 @@ def evaluate(
             "ids": list(completion.ids),
             "stopped": completion.stopped,
             "tokens": len(completion.ids),
-            "solved": bool(_solved(greedy[i], solved_at)[0]),
+            "solved": greedy[i].solved(solved_at)[0],
         }
         if sampled is not None:
-            row["samples_solved"] = sum(_solved(sampled[i], solved_at))
+            row["samples_solved"] = sum(sampled[i].solved(solved_at))
         rows.append(row)
     result: dict[str, Any] = {"pass@1": wilson([row["solved"] for row in rows])}
     if sampled is not None:
@@ -87,11 +87,6 @@ def _answers(
     completions = sample_all(policy, prompts, sampling)
     groups = [Group(e, p, c) for (e, p), c in zip(heldout, completions, strict=True)]
     return scorer.score(groups)
-
-
-def _solved(group: Group, solved_at: float) -> list[bool]:
-    """By the first function; NaN is not solved."""
-    return [value >= solved_at for value in next(iter(group.parts.values()))]
 
 
 @torch.no_grad()

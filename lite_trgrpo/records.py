@@ -75,6 +75,14 @@ class Group:
     failures: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """By reward function, the places of the completions that it did not get through: timeout, crash or error."""
 
+    def grades(self) -> Sequence[float]:
+        """What the first function says, which is the one that tells whether an answer is solved; NaN: ungraded."""
+        return next(iter(self.parts.values()))
+
+    def solved(self, solved_at: float) -> list[bool]:
+        """Of each completion; an ungraded one is not."""
+        return [grade >= solved_at for grade in self.grades()]
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

@@ -18,17 +18,10 @@ def has_signal(group: Group) -> bool:
     return len({reward for reward in group.rewards if not math.isnan(reward)}) > 1
 
 
-def solved_of(group: Group, solved_at: float) -> tuple[int, int]:
-    """-> answers solved, by the first function, and answers graded."""
-    graded = [value for value in next(iter(group.parts.values())) if not math.isnan(value)]
-    return sum(value >= solved_at for value in graded), len(graded)
-
-
 def of_rollout(groups: Sequence[Group], solved_at: float) -> dict[str, Any]:
     """Means over a step's completions; ungradable ones are counted apart."""
     completions = [completion for group in groups for completion in group.completions]
     rewards = [reward for group in groups for reward in group.rewards if not math.isnan(reward)]
-    first = next(iter(groups[0].parts))
     parts = {
         f"reward/{name}": fmean(values)
         for name in groups[0].parts
@@ -38,7 +31,7 @@ def of_rollout(groups: Sequence[Group], solved_at: float) -> dict[str, Any]:
         "reward_mean": fmean(rewards) if rewards else None,
         "reward_std": pstdev(rewards) if rewards else None,
         **parts,
-        "solved": fmean(v >= solved_at for group in groups for v in group.parts[first]),
+        "solved": fmean(solved for group in groups for solved in group.solved(solved_at)),
         "groups_with_signal": fmean(has_signal(group) for group in groups),
         "truncated": fmean(not completion.stopped for completion in completions),
         "ungradable": len(completions) - len(rewards),

@@ -22,7 +22,7 @@ from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards, recovery
 from lite_trgrpo.training.curriculum import CHOICE, SolveRates
 from lite_trgrpo.training.job import Encoded, Job, Listener, Metrics
-from lite_trgrpo.training.metrics import finite, has_signal, memory, of_rollout, solved_of, timed
+from lite_trgrpo.training.metrics import finite, has_signal, memory, of_rollout, timed
 from lite_trgrpo.training.optimizer import learning_rate_at, make_optimizer
 from lite_trgrpo.training.recovery import score_of
 from lite_trgrpo.training.stopping import Stop, Stopped
@@ -209,7 +209,8 @@ def rollout(
             groups = [tickets[p].result() for p in range(len(chosen))]
         if rates is not None:
             for i, group in zip(numbers, groups, strict=True):
-                rates.note(i, *solved_of(group, config.rewards.solved_at))
+                graded = sum(not math.isnan(grade) for grade in group.grades())
+                rates.note(i, sum(group.solved(config.rewards.solved_at)), graded)
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:
