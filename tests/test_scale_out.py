@@ -90,7 +90,7 @@ def ours(file, settings):
         groups.append(Group(example, prompt, made))
     with scoring_of(config) as scoring:
         groups = scoring.score(groups)
-    gradients, losses = {}, []
+    gradients = {}
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=config.train.learning_rate)
 
     def record(*_):
@@ -138,3 +138,30 @@ def test_it_samples_scores_logs_and_saves(trained, config_file):
         before = load_file(config_file.parent / "adapter" / "adapter_model.safetensors")
         after = load_file(folder / "sampled" / "adapter" / "adapter_model.safetensors")
         assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_the_objective_decides_is_refused_in_trls_options(tmp_path):
+    from trl import GRPOConfig
+
+    from lite_trgrpo.integrations.trl import TRGRPOTrainer
+
+    arguments = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", epsilon_high=0.28)
+    with pytest.raises(ConfigError, match="epsilon_high, which `objective` decides"):
+        TRGRPOTrainer("no/model", [len], args=arguments)
+
+
+def test_answers_that_processes_cannot_share_are_refused(config_file, tmp_path, monkeypatch):
+    from lite_trgrpo.integrations.trl import trl_arguments
+
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(ConfigError, match=r"3 x rollout.group_size 4 = 12 answers .* over 5 processes"):
+        trl_arguments(options.load(file=config_file), tmp_path, torch.device("cpu"))
+
+
+def test_a_preset_becomes_trls_options(tmp_path):
+    """8 x 8 answers; 2048 tokens hold two rows of 300 + 512, and 32 micro-batches of two rows are a step."""
+    from lite_trgrpo.integrations.trl import trl_arguments
+
+    made = trl_arguments(options.load("math-1.5b"), tmp_path, torch.device("cpu"))
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (2, 32)
+    assert made.generation_batch_size == 64 and made.num_generations == 8 and made.max_steps == 200

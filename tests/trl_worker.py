@@ -35,7 +35,7 @@ def answers(prompt: str) -> list[list[int]]:
     """Ids of MEMBERS answers: from one token to the cap, every other one ended."""
     draw = random.Random(prompt)
     made = [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in draw.sample(range(1, LONGEST + 1), 4)]
-    return [ids[:-1] + [END] if member % 2 else ids for member, ids in enumerate(made)]
+    return [[*ids[:-1], END] if member % 2 else ids for member, ids in enumerate(made)]
 
 
 def given(prompts: Sequence[str], trainer) -> dict[str, object]:

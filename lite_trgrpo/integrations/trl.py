@@ -37,9 +37,11 @@ except ImportError as error:
     raise MissingPackageError("this needs TRL. Type: pip install 'lite-trgrpo[trl]'") from error
 
 # What `objective` decides: a value of TRL's own would be read by nobody.
-DECIDED = ("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards")
-DECIDED += ("multi_objective_aggregation", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
-DECIDED += ("off_policy_mask_threshold",)
+DECIDED = [
+    "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
+    "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+    "off_policy_mask_threshold",
+]  # fmt: skip
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 
@@ -224,7 +226,7 @@ def trl_arguments(config: Config, folder: Path, device: torch.device, **changes:
         save_strategy="steps" if train.checkpoint_every else "no", save_total_limit=train.keep_checkpoints,
     )  # fmt: skip
     if device.type == "cpu":
-        settings |= {"use_cpu": True, "ddp_backend": "gloo"}
+        settings |= {"use_cpu": True, **({"ddp_backend": "gloo"} if processes > 1 else {})}
     return GRPOConfig(**(settings | changes))
 
 
@@ -242,7 +244,7 @@ def reward_function(
     ) -> list[float | None]:
         rows = zip(place, completion_ids, strict=True)
         groups = [
-            Group(*encoded[number], [completion(ids) for _, ids in members])
+            Group(encoded[number][0], encoded[number][1], [completion(ids) for _, ids in members])
             for number, members in groupby(rows, key=lambda row: row[0])
         ]
         scored = scorer.score(groups)
