@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "memory": ("errors", "torch"),
     "policy": ("memory records", "torch"),
     "backends": ("", ""),
+    "backends.choice": ("", "torch"),
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
     "backends.loading": ("backends.weights errors options", "bitsandbytes torch transformers"),
@@ -95,6 +96,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch transformers",
     ),
     "check": ("backends.loading options plan", "psutil torch"),
+    "machine": ("backends.choice backends.weights data errors options", "huggingface_hub packaging psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
