@@ -20,7 +20,7 @@ from lite_trgrpo.backends.choice import choose
 from lite_trgrpo.backends.weights import gguf_behind
 from lite_trgrpo.data import FILES
 from lite_trgrpo.errors import LiteError
-from lite_trgrpo.options import Config
+from lite_trgrpo.options import Config, Model
 
 SHOWN = (
     "lite-trgrpo",
@@ -56,8 +56,7 @@ def machine(config: Config | None) -> dict[str, Any]:
     """
     card = _card()
     problems = [*_conflicts(), *_of_card(card), *([] if config is None else _of_options(config, card)), *_of_disk()]
-    wanted = ("auto", "auto") if config is None else (config.model.backend, config.model.device)
-    name, why = choose(*wanted)
+    name, why = choose(Model(name="any") if config is None else config.model)
     return {
         "system": {
             "name": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -51,7 +51,6 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "memory": ("errors", "torch"),
     "policy": ("memory records", "torch"),
     "backends": ("", ""),
-    "backends.choice": ("", "torch"),
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
     "backends.loading": ("backends.weights errors options", "bitsandbytes torch transformers"),
@@ -67,6 +66,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "errors options policy records rollout.engine",
         "torch transformers",
     ),
+    "backends.unsloth": (
+        "backends.loading backends.transformers errors options policy records",
+        "torch unsloth",
+    ),
+    "backends.choice": ("backends.transformers backends.unsloth errors options", "torch"),
     "training": ("", ""),
     "training.weighting": ("objective options", "torch"),
     "training.update": (
@@ -100,8 +104,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
-        "records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "__init__ backends.choice backends.loading backends.transformers check data diagnose errors evaluate memory "
+        "options policy records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
         "training.trainer training.update",
         "",
     ),
@@ -224,6 +228,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.lora"}),
         ("trl", {"integrations.trl"}),
+        ("unsloth", {"backends.unsloth"}),
         (
             "transformers",
             {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights", "llamacpp")}

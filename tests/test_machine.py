@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from lite_trgrpo import config as options
 from lite_trgrpo.backends.choice import choose
 from lite_trgrpo.machine import _has_kernels, machine
+from lite_trgrpo.options import Model
 from lite_trgrpo.screen import machine_tables, show
 
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines whose card torch cannot use")
@@ -139,5 +140,5 @@ def test_code_for_a_card(capability, built, runs):
 
 @without_card
 def test_the_choice_of_a_backend_says_why():
-    assert choose("auto", "auto") == ("transformers", "unsloth needs a card that torch can use")
-    assert choose("unsloth", "auto") == ("unsloth", "model.backend = unsloth")
+    assert choose(Model(name="any")) == ("transformers", "unsloth needs a card that torch can use")
+    assert choose(Model(name="any", backend="unsloth")) == ("unsloth", "model.backend = unsloth")
