@@ -37,7 +37,8 @@ def where() -> str:
     names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
     name = names[0].partition(": ")[2] if names else platform.processor()
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{date.today()}, {torch.get_num_threads()} threads of {name}, {versions}"
+    card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{date.today()}, {card}{torch.get_num_threads()} threads of {name}, {versions}"
 
 
 @dataclass

@@ -45,6 +45,7 @@ def generate(policy: TransformersPolicy, prompts: list[str]) -> Run:
     def run() -> tuple[int, Spent]:
         texts = [policy.encode(prompt).text for prompt in prompts]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        batch = batch.to(policy.device)
         with spent() as used, torch.no_grad():
             made = policy.model.generate(
                 **batch, max_new_tokens=TOKENS, num_return_sequences=GROUP, do_sample=True, temperature=1.0, top_k=0,
@@ -140,9 +141,9 @@ def plain_products(policy: TransformersPolicy, rows: int) -> float:
         if name.endswith("base_layer"):
             parent = policy.model.get_submodule(name.removesuffix(".base_layer"))
             work.append((module.weight, parent.lora_A["default"].weight, parent.lora_B["default"].weight))
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w, _, _ in work}
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w, _, _ in work}
     head = policy.network.logits.layer.weight
-    hidden = torch.randn(rows, head.shape[1], dtype=head.dtype)
+    hidden = torch.randn(rows, head.shape[1], dtype=head.dtype, device=head.device)
     started = time.perf_counter()
     for weight, a, b in work:
         x = inputs[weight.shape[1]]

@@ -33,6 +33,9 @@ class Model(Section):
     upstream: str | None = Field(
         None, description="Hub id that the adapter names as its base; needed where name is a file that has one"
     )
+    backend: Literal["auto", "transformers", "unsloth"] = Field(
+        "auto", description="auto: unsloth where a card and its package are there, else transformers"
+    )
     adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: 4-bit base weights with double quantisation (bitsandbytes); none: 16 or 32 bits"

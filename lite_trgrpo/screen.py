@@ -223,3 +223,41 @@ def show(tables: Iterable[Table]) -> None:
         console.width = 200
     for table in tables:
         console.print(table)
+
+
+def machine_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """`machine.machine`'s result: what there is, which paths are taken, what to mend."""
+    system, card, backend = found["system"], found["card"], found["backend"]
+    table = Table(title="machine", title_justify="left", show_header=False)
+    table.add_row("system", f"{system['name']}, Python {system['python']}, {system['cores']} cores")
+    table.add_row("memory", _of(system["memory_free"], system["memory"]))
+    if card is not None:
+        use = f"compute capability {card['capability']}" if card["usable"] else "torch cannot use it"
+        more = f", {card['count']} of them" if (card["count"] or 1) > 1 else ""
+        table.add_row("card", f"{card['name']}{more}, driver {card['driver'] or 'unknown'}, {use}")
+        table.add_row("its memory", _of(card["memory_free"], card["memory"]))
+    else:
+        table.add_row("card", "none")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    table.add_row("backend", f"{backend['name']}: {backend['why']}")
+    login = "logged in" if found["hub"]["login"] else "not logged in (`hf auth login`; public models need none)"
+    table.add_row("Hub", login + (", HF_HUB_OFFLINE is set" if found["hub"]["offline"] else ""))
+    table.add_row("free disk", ", ".join(f"{place} {size / 2**30:.0f} GB" for place, size in found["disk"].items()))
+    yield table
+    paths = Table(title="fast paths", title_justify="left")
+    for column in ("path", "used", "why"):
+        paths.add_column(column)
+    for name, path in found["paths"].items():
+        paths.add_row(name, "yes" if path["used"] else "no", path["why"])
+    yield paths
+    if found["problems"]:
+        problems = Table(title="to mend", title_justify="left")
+        for column in ("", "problem", "type or do"):
+            problems.add_column(column, overflow="fold")
+        for problem in found["problems"]:
+            problems.add_row("stops it" if problem["fatal"] else "", Text(problem["what"]), Text(problem["mend"]))
+        yield problems
+
+
+def _of(free: int | None, total: int | None) -> str:
+    return "unknown" if free is None or total is None else f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free"

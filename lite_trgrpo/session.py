@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lite_trgrpo import __version__, check, data, memory, rewards, screen
 from lite_trgrpo import evaluate as evaluation
+from lite_trgrpo.backends import choice
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.policy import sample_all
@@ -47,6 +48,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
             found = _checkpoint_of(run, config.train.steps)
         scoring = held.enter_context(scoring_of(config))
         examples, heldout_examples = data.load(config.data, config.eval.rows)
+        choice.settle(config.model)
         if resume is None:
             planned, _ = check.memory(config, None)
             talk.print(f"memory: {screen.memory_line(planned)}", markup=False, soft_wrap=True)
@@ -257,16 +259,17 @@ def scoring_of(config: Config) -> rewards.Cage:
 
 
 def _policy(config: Config) -> "TransformersPolicy":
-    from lite_trgrpo.backends import transformers
     from lite_trgrpo.backends.loading import resolve_device
 
     if config.train.memory is not None:
         device = resolve_device(config.model.device)
         if not memory.cap(memory_bytes(config.train.memory), device):
             talk.print("warning: train.memory is not kept to: this system cannot limit a process on CPU")
-    return transformers.load(
-        config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
-    )
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    return choice.load(
+        config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing,
+        longest=longest,
+    )  # fmt: skip
 
 
 def _with_cache(config: Config, policy: "TransformersPolicy") -> Config:

@@ -407,7 +407,11 @@ def test_a_preset_is_shown_as_it_stands(name):
 def shown() -> list[str]:
     """Every command that a person could copy: from help texts, code blocks, `inline code` and comments of examples."""
     docs = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
-    others = [*ROOT.glob("examples/*"), *ROOT.glob("presets/*.toml"), *ROOT.glob("lite_trgrpo/cli/*.py")]
+    others = [
+        *filter(Path.is_file, ROOT.glob("examples/**/*")),
+        *ROOT.glob("presets/*.toml"),
+        *ROOT.glob("lite_trgrpo/cli/*.py"),
+    ]
     found: set[str] = set()
     for path in [*docs, *others]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")

@@ -66,6 +66,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "errors options policy records rollout.engine",
         "torch transformers",
     ),
+    "backends.unsloth": (
+        "backends.loading backends.transformers errors options policy records",
+        "torch unsloth",
+    ),
+    "backends.choice": ("backends.transformers backends.unsloth errors options", "torch"),
     "training": ("", ""),
     "training.weighting": ("objective options", "torch"),
     "training.update": (
@@ -95,13 +100,20 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch transformers",
     ),
     "check": ("backends.loading config errors options plan store.run", "psutil torch"),
+    "machine": ("backends.choice backends.weights data errors options", "huggingface_hub packaging psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
     "session": (
-        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
-        "records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "__init__ backends.choice backends.loading backends.transformers check data diagnose errors evaluate memory "
+        "options policy records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
         "training.trainer training.update",
         "",
+    ),
+    "integrations": ("", ""),
+    "integrations.trl": (
+        "backends.loading backends.template backends.transformers data errors objective options records rewards "
+        "session training.weighting",
+        "datasets torch trl",
     ),
     "sharing": ("", ""),
     "sharing.merge": ("errors", "safetensors torch"),
@@ -129,6 +141,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
 LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
+SUBCLASSES = {"integrations.trl"}  # is imported by those alone who use that library
 # libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
 COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python"}
 
@@ -200,7 +213,7 @@ def test_there_is_no_circle_among_the_imports_as_they_are():
         pytest.fail(f"circle: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", ALLOWED)
+@pytest.mark.parametrize("module", [name for name in ALLOWED if name not in SUBCLASSES])
 def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
     assert not imported(at_import(MODULES[module]))[1] & LAZY
 
@@ -214,6 +227,8 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("safetensors", {"store.checkpoint", "sharing.merge"}),
         ("pydantic", {"config", "options"}),
         ("peft", {"backends.lora"}),
+        ("trl", {"integrations.trl"}),
+        ("unsloth", {"backends.unsloth"}),
         (
             "transformers",
             {f"backends.{name}" for name in ("transformers", "loading", "groups", "reference", "weights", "llamacpp")}

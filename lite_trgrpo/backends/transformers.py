@@ -26,12 +26,28 @@ from lite_trgrpo.rollout.engine import Answer, Engine, slot_count
 
 def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
     """Load the base (quantised where asked), put a LoRA adapter on it, and check what we assume about the model."""
-    from transformers import AutoTokenizer
+    model, template, located = parts(options, resolve_device(options.device), seed)
+    return TransformersPolicy(model, template, located, gradient_checkpointing)
+
+
+def parts(options: Model, device: torch.device, seed: int) -> tuple[Any, Template, Located]:
+    """-> the base with its adapter, in eval mode; its tokenizer; where the base was found."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    located, template = tokenizer_of(options)
+    base = load_base(located, options, device, dtype)
+    torch.manual_seed(seed)
+    model = with_lora(base, options, located)
+    model.eval()
+    return model, template, located
+
+
+def tokenizer_of(options: Model) -> tuple[Located, Template]:
+    """Where the base is, and the tokenizer that lies there."""
+    from transformers import AutoTokenizer
+
     located = locate(
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
@@ -46,12 +62,7 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
         raise ModelError(f"the tokenizer of {options.name} cannot be read: {first_line(error)}") from None
     if not tokenizer("1 + 1").input_ids:  # without its files transformers makes an empty one
         raise ModelError(f"{options.name} has no tokenizer: its folder has no tokenizer.json")
-    template = Template(tokenizer, options.prompt_format, options.template_options)
-    base = load_base(located, options, device, dtype)
-    torch.manual_seed(seed)
-    model = with_lora(base, options, located)
-    model.eval()
-    return TransformersPolicy(model, template, located, gradient_checkpointing)
+    return located, Template(tokenizer, options.prompt_format, options.template_options)
 
 
 class TransformersPolicy:

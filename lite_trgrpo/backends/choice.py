@@ -1,0 +1,69 @@
+"""Which backend `model.backend` is on this machine, why, and the policy from it."""
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.options import Model
+
+if TYPE_CHECKING:
+    from lite_trgrpo.backends.transformers import TransformersPolicy
+
+
+def choose(options: Model) -> tuple[str, str]:
+    """-> (transformers or unsloth, the reason in a few words), without loading either."""
+    if options.backend != "auto":
+        return options.backend, f"model.backend = {options.backend}"
+    if options.device == "cpu" or not torch.cuda.is_available():
+        return "transformers", "unsloth needs a card that torch can use"
+    if importlib.util.find_spec("unsloth") is None:
+        return "transformers", "unsloth is not installed (pip install 'lite-trgrpo[unsloth]')"
+    if options.adapter is not None:
+        return "transformers", "it continues adapters"
+    return "unsloth", "a card and the package are there"
+
+
+def settle(options: Model) -> tuple[str, str]:
+    """`choose`, and unsloth imported where it is chosen: before transformers, so before anything else is loaded.
+
+    Raises ModelError where unsloth was asked for by name and cannot be had.
+    """
+    name, why = choose(options)
+    if name == "unsloth":
+        from lite_trgrpo.backends import unsloth
+
+        if problem := unsloth.problem():
+            if options.backend == "unsloth":
+                raise ModelError(f"{problem}. Type --set model.backend=transformers")
+            return "transformers", problem
+    return name, why
+
+
+def load(options: Model, *, seed: int, gradient_checkpointing: bool = False, longest: int = 0) -> "TransformersPolicy":
+    """The policy from the backend that is chosen; where there is a choice a line says which and why.
+
+    longest: tokens of a prompt with its answer.
+    """
+    name, why = settle(options)
+    if name == "unsloth":
+        from lite_trgrpo.backends import unsloth
+
+        try:
+            policy = unsloth.load(options, seed=seed, gradient_checkpointing=gradient_checkpointing, longest=longest)
+            print(f"backend: unsloth ({why})", file=sys.stderr)
+            return policy
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it patches other libraries, so anything may break
+            if options.backend == "unsloth":
+                raise ModelError(f"unsloth: {first_line(error)}. Type --set model.backend=transformers") from None
+            why = f"unsloth failed here: {first_line(error)}"
+            torch.cuda.empty_cache()
+    if torch.cuda.is_available() and options.device != "cpu":
+        print(f"backend: transformers ({why})", file=sys.stderr)
+    from lite_trgrpo.backends import transformers
+
+    return transformers.load(options, seed=seed, gradient_checkpointing=gradient_checkpointing)

@@ -1,0 +1,1 @@
+"""Our objective inside the engines of others, which run on many cards."""

