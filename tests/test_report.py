@@ -167,6 +167,14 @@ def test_the_command_on_the_page_makes_the_same_run_again(tmp_path, overrides):
     assert page.under("h2") == ["Held-out score", "Guards", "Time and memory", "Settings"]
 
 
+def test_before_the_first_score_after_training_there_is_no_gain_and_no_arrow(run):
+    path = run.folder / "eval.jsonl"
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+    page = Page(report.write(run))
+    assert "→" not in page.text and "gain in" not in page.text and "after" not in page.under("th")
+    assert f"{run.evaluations()[0]['pass@1']['value']:.3f}" in page.under("b")
+
+
 def test_where_no_preset_has_the_base_the_command_names_the_runs_own_options(run):
     words = shlex.split(reading.command(reading.read(run)))
     assert words[:3] == ["lite-trgrpo", "train", "--config"]

@@ -52,20 +52,23 @@ def _scores(story: Story) -> Iterator[Html]:
     if not story.evaluations:
         yield tag("section", tag("h2", "Held-out score"), tag("p", "None yet, or no rows are held out."))
         return
-    before, after = story.evaluations[0], story.evaluations[-1]
-    rows = f"{len(after['rows'])} held-out prompts, with 95 % intervals"
-    tiles = [_tile(name, before[name], after[name]) for name in score_names(after) if name in before]
+    scored = [story.evaluations[0], *story.evaluations[1:][-1:]]  # before and, once there is one, after
+    last = scored[-1]
+    tiles = [_tile(name, [line[name] for line in scored]) for name in score_names(last) if name in scored[0]]
     named = {"gain in pass@1": "gain", "gain in pass@k": "gain_k"}
-    tiles += [_gain(name, after[key]) for name, key in named.items() if key in after]
-    when = "before training" if after is before else f"before training and after step {after['step']}"
+    tiles += [_gain(name, last[key]) for name, key in named.items() if key in last]
+    when = f"before training and after step {last['step']}" if len(scored) > 1 else "before training"
     others = [
-        ("greedy answers cut off", *(f"{line['truncated']:.1%}" for line in (before, after))),
-        ("their mean length (tokens)", *(f"{line['length_mean']:.1f}" for line in (before, after))),
+        ("greedy answers cut off", *(f"{line['truncated']:.1%}" for line in scored)),
+        ("their mean length (tokens)", *(f"{line['length_mean']:.1f}" for line in scored)),
     ]
-    note = "pass@1 is the greedy answer's; pass@k asks whether one of k sampled answers is right."
+    note = (
+        f"{len(last['rows'])} held-out prompts, with 95 % intervals, {when}. pass@1 is the greedy answer's; "
+        "pass@k asks whether one of k sampled answers is right."
+    )
     yield tag(
-        "section", tag("h2", "Held-out score"), tag("p", f"{rows}, {when}. {note}"),
-        tag("div", *tiles, class_="tiles"), table(("", "before", "after"), others),
+        "section", tag("h2", "Held-out score"), tag("p", note), tag("div", *tiles, class_="tiles"),
+        table(("", "before", "after")[: 1 + len(scored)], others),
     )  # fmt: skip
 
 
@@ -78,14 +81,16 @@ def estimate(value: Mapping[str, float], sign: str = "") -> str:
     return f"{value['value']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
-def _tile(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> Html:
+def _tile(name: str, values: Sequence[Mapping[str, float]]) -> Html:
+    """Before and after, each with its interval on a bar from 0 to 1."""
     bars = [
         tag("div", tag("i", style=f"left:{100 * one['low']:.1f}%;width:{100 * (one['high'] - one['low']):.1f}%"),
             tag("b", style=f"left:{100 * one['value']:.1f}%"), class_=f"bar {when}")
-        for when, one in (("before", before), ("after", after))
+        for when, one in zip(("before", "after"), values, strict=False)
     ]  # fmt: skip
-    large = tag("p", tag("span", f"{before['value']:.3f}"), " → ", tag("b", f"{after['value']:.3f}"), class_="large")
-    ranges = f"[{before['low']:.3f}, {before['high']:.3f}] → [{after['low']:.3f}, {after['high']:.3f}]"
+    *earlier, last = (f"{one['value']:.3f}" for one in values)
+    large = tag("p", *(tag("span", f"{value} → ") for value in earlier), tag("b", last), class_="large")
+    ranges = " → ".join(f"[{one['low']:.3f}, {one['high']:.3f}]" for one in values)
     return tag("div", tag("h3", name), large, tag("p", ranges), *bars, class_="tile")
 
 
