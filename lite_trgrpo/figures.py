@@ -1,19 +1,16 @@
-"""Figures, drawn by matplotlib (extra `plot`): imported only when one is asked for."""
+"""Figures of `diagnose`, `compare` and the model card, drawn by matplotlib: imported only when one is asked for."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.errors import ConfigError, MissingPackageError
+from lite_trgrpo.errors import ConfigError
 
 GOOD, GREY = "#2a6fbb", "#9aa3ad"
 
 
 def check(path: Path) -> None:
     """Before hours of work: can a figure be drawn into this file?"""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError("figures need matplotlib. Type: pip install 'lite-trgrpo[plot]'")
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ConfigError(f"a figure cannot be written as {path.name}: end its name in .svg, .png or .pdf")
 

@@ -24,6 +24,9 @@ class Policy(Protocol):
     ) -> Iterator[tuple[int, int, Completion]]:
         """Without gradient: (prompt, member, completion) of the members `wanted` of each prompt, each once finished."""
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id by itself, special tokens too."""
+
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         """log p of the completion ids and entropy (nats), both [B, T], zero beyond a row's own length.
 

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo import __version__, check, data, memory, rewards, screen
+from lite_trgrpo import __version__, check, data, memory, report, rewards, screen
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.backends import choice
-from lite_trgrpo.errors import RunError
+from lite_trgrpo.errors import RunError, first_line
 from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Example, Sampling
@@ -69,16 +69,15 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
         run.describe(config, facts)
         _introduce(config, policy, training, facts["prompts"], run)
         with screen.progress(config.train.steps) as on_step, stop:
+            listener = _listener(config, run, on_step)
             try:
-                trainer.train(
-                    config, policy, training, heldout, scoring, run, _listener(config, on_step), stop, resume=found
-                )
+                trainer.train(config, policy, training, heldout, scoring, run, listener, stop, resume=found)
             except Stopped as stopped:
                 raise Stopped(
                     f"stopped by {stopped}, everything saved. Go on with: lite-trgrpo train --resume {_quoted(run)}",
                     stopped.code,
                 ) from None
-    talk.print(f"adapter in {run.adapter}", markup=False, soft_wrap=True)
+    talk.print(f"adapter in {run.adapter}, report in {run.folder / report.NAME}", markup=False, soft_wrap=True)
     return run
 
 
@@ -151,7 +150,7 @@ def _introduce(
     talk.print(screen.plain(training[0][1].text), style="dim", markup=False)
 
 
-def _listener(config: Config, on_step: Callable[[Mapping[str, Any]], None]) -> Listener:
+def _listener(config: Config, run: Run, on_step: Callable[[Mapping[str, Any]], None]) -> Listener:
     def stepped(metrics: Mapping[str, Any]) -> None:
         on_step(metrics)
         _warn_of_gap(config, metrics)
@@ -160,7 +159,16 @@ def _listener(config: Config, on_step: Callable[[Mapping[str, Any]], None]) -> L
         stepped,
         lambda line: talk.print(screen.eval_line(line), markup=False, soft_wrap=True),
         lambda text: talk.print(text, markup=False, soft_wrap=True),
+        lambda: _report(run),
     )
+
+
+def _report(run: Run) -> None:
+    """The report as far as the run is. No trouble with it, whatever it is, is worth a night of training."""
+    try:
+        report.write(run)
+    except Exception as error:
+        talk.print(f"warning: no report was written: {first_line(error)}", markup=False, soft_wrap=True)
 
 
 def _quoted(run: Run) -> str:

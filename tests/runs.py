@@ -41,7 +41,7 @@ def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> t
     for step, adapter in ((0, None), (2, str(run.adapter))):
         run.log_eval(_evaluation(step, on(config, adapter=adapter)))
     for step in (1, 2):
-        run.log_step({"step": step, "reward_mean": 0.1 * step, "solved": 0.2 * step}, [])
+        run.log_step({"step": step, "reward_mean": 0.1 * step, "solved": 0.2 * step}, [], list)
     return run, config
 
 

@@ -29,7 +29,6 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "training.packing": ("", ""),
     "options": ("", "pydantic"),
     "config": ("errors options", "pydantic tomli_w"),
-    "listing": ("config", ""),
     "hub": ("errors", "huggingface_hub"),
     "data": ("config errors hub options records", "datasets pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
@@ -81,6 +80,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "store": ("", ""),
     "store.checkpoint": ("errors store.disk", "safetensors torch"),
     "store.run": ("config errors options records store.disk", ""),
+    "listing": ("config errors store.run", ""),
     "evaluate": ("policy records rewards training.packing", "torch"),
     "training.metrics": ("records", "psutil torch"),
     "training.curriculum": ("", ""),
@@ -102,10 +102,19 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "check": ("backends.loading config errors options plan store.run", "psutil torch"),
     "machine": ("backends.choice backends.weights data errors options", "huggingface_hub packaging psutil torch"),
     "screen": ("", "rich"),
+    "report.html": ("screen", ""),
+    "report.charts": ("report.html", "matplotlib"),
+    "report.reading": ("config options store.run training.guards training.weighting", "pydantic torch"),
+    "report.account": ("__init__ report.html report.reading", ""),
+    "report.answers": ("report.html report.reading", ""),
+    "report.page": ("report.account report.answers report.charts report.html report.reading", ""),
+    "report.several": ("report.account report.charts report.html report.page report.reading", ""),
+    "report": ("errors report.page report.reading report.several store.disk store.run", ""),
     "figures": ("errors", "matplotlib"),
     "session": (
         "__init__ backends.choice backends.loading backends.transformers check data diagnose errors evaluate memory "
-        "options policy records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "options policy records report rewards screen store.checkpoint store.lock store.run training.job "
+        "training.stopping "
         "training.trainer training.update",
         "",
     ),
@@ -134,7 +143,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "cli.app": ("__init__ errors training.stopping", "typer"),
     "cli.work": ("cli.app config screen session training.stopping", "typer"),
     "cli.look": ("check cli.app compare config figures options screen session", "typer"),
-    "cli.give": ("cli.app config listing screen sharing.export sharing.publish store.run", "typer"),
+    "cli.give": ("cli.app config listing report screen sharing.export sharing.publish store.run", "typer"),
     "cli": ("cli.app cli.give cli.look cli.work", ""),
     "__main__": ("cli", ""),
 }  # fmt: skip
@@ -225,7 +234,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
         ("rich", {"screen"}),
         ("click", set()),
         ("safetensors", {"store.checkpoint", "sharing.merge"}),
-        ("pydantic", {"config", "options"}),
+        ("pydantic", {"config", "options", "report.reading"}),
         ("peft", {"backends.lora"}),
         ("trl", {"integrations.trl"}),
         ("unsloth", {"backends.unsloth"}),

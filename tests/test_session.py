@@ -35,7 +35,8 @@ def run(tiny_config, tmp_path):
 def test_what_a_run_leaves(run, tiny_config):
     folder, _ = run
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl", "run.json",
+        ".lock", "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "report.html",
+        "rollouts.jsonl", "run.json",
     ]  # fmt: skip
     # what was resolved at the start is written down: a resumed run decodes in the same batches
     expected = options.load(file=tiny_config, overrides=["eval.samples=2", "rollout.cache_mib=2048"])

@@ -58,7 +58,8 @@ def run_toy(
         if metrics["step"] == stop_after:
             raise KeyboardInterrupt
 
-    listener = Listener(step=killer, evaluated=lambda line: None, warned=[].append if said is None else said.append)
+    warned = [].append if said is None else said.append
+    listener = Listener(step=killer, evaluated=lambda line: None, warned=warned, saved=lambda: None)
     trainer.train(
         config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
         stop or Stop(), resume=newest(run.checkpoints) if resume else None,

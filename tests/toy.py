@@ -38,6 +38,9 @@ class ToyPolicy:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return Prompt(tuple(VOCABULARY.index(c) for c in text), text)
 
+    def pieces(self, ids):
+        return [VOCABULARY[i] for i in ids]
+
     @torch.no_grad()
     def sample(self, prompts, sampling, wanted):
         for p, prompt in enumerate(prompts):

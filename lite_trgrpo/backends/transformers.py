@@ -84,6 +84,9 @@ class TransformersPolicy:
     def decode(self, ids: Sequence[int]) -> str:
         return self.template.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return self.template.tokenizer.batch_decode([[i] for i in ids])
+
     def cache_mib(self) -> int:
         """Memory for keys and values that suits this machine (MiB)."""
         if self.device.type != "cuda":

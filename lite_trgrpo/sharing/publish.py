@@ -3,7 +3,6 @@
 Login and token are the Hub client's: nothing here reads, keeps or shows them.
 """
 
-import importlib.util
 import re
 import time
 from collections.abc import Callable
@@ -41,9 +40,7 @@ def deliver(
     else:
         say("this adapter is exported and checked already")
     folder = export.folder_of(run)
-    if importlib.util.find_spec("matplotlib") is None:
-        say("the card has no curve: that needs matplotlib (pip install 'lite-trgrpo[plot]')")
-    elif run.metrics():
+    if run.metrics():
         figures.training(run.metrics(), folder / "curve.png")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     text = card.write(run, config, report, repo, files, licence(config, report["base"]))
@@ -60,7 +57,7 @@ def preview(run: Run, config: Config, wanted: export.Wanted, repo: str | None) -
     _must_be_id(repo)
     report = export.existing(run, wanted)
     files = {"README.md", "adapter_config.json", export.WEIGHTS, "check.json", *(report["files"] if report else ())}
-    if importlib.util.find_spec("matplotlib") is not None and run.metrics():
+    if run.metrics():
         files.add("curve.png")
     if wanted.gguf:
         files |= {export.gguf_name(run, wanted.gguf), "Modelfile"}

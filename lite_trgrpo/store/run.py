@@ -1,14 +1,16 @@
 """The run folder: what a run leaves behind, and where a later one finds it."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lite_trgrpo.config import to_toml
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.options import Config
-from lite_trgrpo.records import Group
+from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.store.disk import sync, write_whole
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
@@ -62,9 +64,18 @@ class Run:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def log_step(self, metrics: Mapping[str, Any], groups: Sequence[Group]) -> None:
-        """One line of metrics.jsonl; one line of rollouts.jsonl for each group."""
+    def log_step(
+        self, metrics: Mapping[str, Any], groups: Sequence[Group], pieces: Callable[[Sequence[int]], list[str]]
+    ) -> None:
+        """One line of metrics.jsonl; one line of rollouts.jsonl for each group.
+
+        `pieces` gives the text of single tokens: one answer of the step gets it, to be shown token by token.
+        """
         lines = [{"step": metrics["step"], **_rollout_line(group)} for group in groups]
+        if groups:
+            g, m = _to_show(groups)
+            shown = groups[g].completions[m]
+            lines[g]["completions"][m] |= {"logprobs": _rounded(shown), "pieces": pieces(shown.ids)}
         self._append("rollouts.jsonl", lines)
         self._append("metrics.jsonl", [metrics])
 
@@ -108,10 +119,30 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         return self._lines("metrics.jsonl")
 
+    def last_rollouts(self) -> list[dict[str, Any]]:
+        """The lines of rollouts.jsonl of its last step, read from the end: the file may hold gigabytes."""
+        path, size = self.folder / "rollouts.jsonl", 2**18
+        try:
+            with path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                while True:
+                    start = file.seek(max(0, end - size))
+                    lines = file.read(end - start).split(b"\n")[start > 0 : -1]  # whole ones
+                    steps = [line.partition(b",")[0] for line in lines]
+                    if start == 0 or (steps and steps[0] != steps[-1]):
+                        return [json.loads(line) for line, step in zip(lines, steps, strict=True) if step == steps[-1]]
+                    size *= 4
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {path}: {error}. Put it back, or start again with another --output") from None
+
     def _lines(self, name: str) -> list[dict[str, Any]]:
+        """Of a log. A last line without its end is being written at this moment, or was when the power went."""
         path = self.folder / name
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            return [json.loads(line) for line in text.split("\n")[:-1]]
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path}: {error}. Put it back, or start again with another --output") from None
 
@@ -124,6 +155,7 @@ class Run:
 
 
 def _rollout_line(group: Group) -> dict[str, Any]:
+    differ = _differ(group)
     return {
         "origin": group.example.origin,
         "prompt": group.example.text,
@@ -133,13 +165,37 @@ def _rollout_line(group: Group) -> dict[str, Any]:
                 "text": completion.text,
                 "ids": list(completion.ids),
                 "stopped": completion.stopped,
-                "reward": None if reward != reward else reward,  # NaN is no JSON
-                "parts": {name: None if part[i] != part[i] else part[i] for name, part in group.parts.items()},
+                "reward": _number(reward, None),
+                "parts": {name: _number(part[i], None) for name, part in group.parts.items()},
+                **({"logprobs": _rounded(completion)} if differ else {}),
                 **({"failures": failed} if (failed := _failures(group, i)) else {}),
             }
             for i, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True))
         ],
     }
+
+
+def _to_show(groups: Sequence[Group]) -> tuple[int, int]:
+    """Group and member of the answer that is shown: of the first that teach something the best, of these the rarest."""
+    g = next((i for i, group in enumerate(groups) if _differ(group)), 0)
+    answers = zip(groups[g].rewards, groups[g].completions, strict=True)
+    ranks = [(_number(reward, -math.inf), -sum(c.logprobs) / len(c.logprobs)) for reward, c in answers]
+    return g, ranks.index(max(ranks))
+
+
+def _differ(group: Group) -> bool:
+    """Whether its answers differ in reward, so that something is learned from them."""
+    return len({reward for reward in group.rewards if reward == reward}) > 1
+
+
+def _rounded(completion: Completion) -> list[float | None]:
+    """Four digits: half the room, and as much as a colour can show."""
+    return [round(logprob, 4) if math.isfinite(logprob) else None for logprob in completion.logprobs]
+
+
+def _number(value: float, otherwise: Any) -> Any:
+    """NaN is no JSON."""
+    return otherwise if math.isnan(value) else value
 
 
 def _failures(group: Group, i: int) -> dict[str, str]:

@@ -28,6 +28,8 @@ class Listener:
     step: Callable[[Metrics], None]
     evaluated: Callable[[Metrics], None]
     warned: Callable[[str], None]
+    saved: Callable[[], None]
+    """After each checkpoint: everything in the run folder is as it stands."""
 
 
 @dataclass(slots=True)

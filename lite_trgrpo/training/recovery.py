@@ -24,6 +24,7 @@ def save(job: Job, *, complete: bool = False) -> None:
     best = max(job.evaluations, key=score_of, default=None)
     kept = _good_steps(job)[:1] + ([best["step"]] if best else [])
     checkpoint.prune(job.run.checkpoints, job.step, job.config.train.keep_checkpoints, kept)
+    job.listener.saved()
 
 
 def finish(job: Job, *, complete: bool) -> None:

@@ -156,7 +156,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"] is not None]
     metrics["grad_norm_variance"] = pvariance(norms) if norms else None
     trouble = recovery.watch(job, metrics)
-    job.run.log_step(metrics, groups)
+    job.run.log_step(metrics, groups, job.policy.pieces)
     job.step += 1
     job.listener.step(metrics)
     if trouble is not None:
