@@ -16,7 +16,7 @@ from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtyp
 from lite_trgrpo.backends.lora import with_lora
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.backends.template import Template
-from lite_trgrpo.backends.weights import Located, locate
+from lite_trgrpo.backends.weights import Located, at_hand, locate
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences
@@ -26,7 +26,6 @@ from lite_trgrpo.rollout.engine import Answer, Engine, slot_count
 
 def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
     """Load the base (quantised where asked), put a LoRA adapter on it, and check what we assume about the model."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -36,9 +35,26 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
     )  # fmt: skip
+    template = _template(located.folder, options)
+    base = load_base(located, options, device, dtype)
+    torch.manual_seed(seed)
+    model = with_lora(base, options, located)
+    model.eval()
+    return TransformersPolicy(model, template, located, gradient_checkpointing)
+
+
+def template_at_hand(options: Model) -> Template | None:
+    """The base's tokenizer and template, if nothing has to be fetched or converted for them."""
+    folder = at_hand(options.name, options.revision)
+    return None if folder is None or not (folder / "tokenizer.json").is_file() else _template(folder, options)
+
+
+def _template(folder: Path, options: Model) -> Template:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            located.folder,
+            folder,
             trust_remote_code=options.trust_remote_code,
             clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
         )
@@ -46,12 +62,7 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> 
         raise ModelError(f"the tokenizer of {options.name} cannot be read: {first_line(error)}") from None
     if not tokenizer("1 + 1").input_ids:  # without its files transformers makes an empty one
         raise ModelError(f"{options.name} has no tokenizer: its folder has no tokenizer.json")
-    template = Template(tokenizer, options.prompt_format, options.template_options)
-    base = load_base(located, options, device, dtype)
-    torch.manual_seed(seed)
-    model = with_lora(base, options, located)
-    model.eval()
-    return TransformersPolicy(model, template, located, gradient_checkpointing)
+    return Template(tokenizer, options.prompt_format, options.template_options)
 
 
 class TransformersPolicy:
