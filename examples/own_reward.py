@@ -14,16 +14,15 @@ cannot be graded; it is then left out. Functions written for TRL's GRPOTrainer h
 import re
 
 
-def picks_the_larger(completions, answer, other, max_words=8, **columns):
-    """1 if the reply names the larger number and not the other one, in at most `max_words` words; else 0.
+def picks_the_larger(completions, answer, max_words=8, **columns):
+    """1 if the only number that the reply names is the larger one, in at most `max_words` words; else 0.
 
-    A reply with both numbers has not chosen, and without the limit on words a model can learn to ramble. It
+    A reply with several numbers has not chosen, and without the limit on words a model can learn to ramble. It
     is all or nothing on purpose: given a part for a half-right reply, a small model may settle for that.
     """
     rewards = []
-    for completion, larger, smaller in zip(completions, answer, other, strict=True):
+    for completion, larger in zip(completions, answer, strict=True):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         named = set(re.findall(r"\d+", text))
-        right = larger in named and smaller not in named
-        rewards.append(1.0 if right and len(text.split()) <= max_words else 0.0)
+        rewards.append(1.0 if named == {larger} and len(text.split()) <= max_words else 0.0)
     return rewards

@@ -183,6 +183,16 @@ def _problem(item: dict[str, Any]) -> str:
 # -- writing ----------------------------------------------------------------------------------------------
 
 
+def toml_line(key: str, value: Any) -> str:
+    """`key = value`, with a table or list on the same line."""
+    name = tomli_w.dumps({key: 0}).partition(" = ")[0]
+    if isinstance(value, Mapping) and value:
+        return f"{name} = {{ {', '.join(toml_line(inner, item) for inner, item in value.items())} }}"
+    if isinstance(value, list):
+        return f"{name} = [{', '.join(toml_line('x', item).removeprefix('x = ') for item in value)}]"
+    return f"{name} = {{}}" if isinstance(value, Mapping) else tomli_w.dumps({key: value}).strip()
+
+
 def to_toml(config: Config) -> str:
     """The resolved config as TOML. Options that are unset (None) have no line; TOML has no null."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))

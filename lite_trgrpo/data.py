@@ -17,6 +17,7 @@ from lite_trgrpo.config import nearest
 from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.options import Data
+from lite_trgrpo.preflight import scan
 from lite_trgrpo.records import Example
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -28,26 +29,27 @@ def load(data: Data, eval_rows: int) -> tuple[list[Example], list[Example]]:
     """-> (training examples, held-out examples). No held-out prompt occurs in training, compared by text.
 
     Held-out rows come from `eval_source` or `eval_split` where one is given, else from the source itself: at most half
-    of its distinct prompts. Which rows are held out depends on `data.seed` alone, never on the run's seed.
+    of its distinct prompts. Which rows are held out depends on `data.seed` alone, never on the run's seed. With `scan`,
+    those of medium difficulty are left for training.
     """
     if data.eval_split and not _is_hub_id(data.eval_source or data.source):
         raise DataError(f"data.eval_split = {data.eval_split!r}: only a Hub data set has splits; use data.eval_source")
-    rows = examples(data, data.source, data.split)
+    own = examples(data, data.source, data.split)
     if data.eval_source or data.eval_split:
         other = data.model_copy(update={"subset": None, "revision": None, "options": {}}) if data.eval_source else data
         pool = examples(other, data.eval_source or data.source, data.eval_split or data.split)
         limit = eval_rows
     else:
-        pool, limit = rows, min(eval_rows, len({row.text for row in rows}) // 2)
+        pool, limit = own, min(eval_rows, len({row.text for row in own}) // 2)
     distinct = list({row.text: row for row in reversed(pool)}.values())[::-1]  # the first row of each text
     heldout = random.Random(data.seed).sample(distinct, min(limit, len(distinct)))
     texts = {row.text for row in heldout}
-    training = [row for row in rows if row.text not in texts]
+    training = [row for row in own if row.text not in texts]
     if not training:
         raise DataError(
             f"{data.source}: no row is left for training after {len(heldout)} were held out; lower eval.rows"
         )
-    return training, heldout
+    return training if data.scan is None else scan.kept(training, Path(data.scan)), heldout
 
 
 def batch(count: int, per_step: int, seed: int, step: int, refill: int = 0) -> list[int]:
@@ -76,7 +78,7 @@ def _order(count: int, seed: str) -> list[int]:
 def examples(data: Data, source: str, split: str) -> list[Example]:
     """All rows of a source as examples, or one DataError that names the rows that cannot be used."""
     found, problems = [], []
-    for origin, row in _rows(data, source, split):
+    for origin, row in rows(data, source, split):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -133,7 +135,8 @@ def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str,
 # -- sources ------------------------------------------------------------------------------------------------
 
 
-def _rows(data: Data, source: str, split: str) -> Iterable[Row]:
+def rows(data: Data, source: str, split: str) -> Iterable[Row]:
+    """Every row as it stands in the source, with what is wrong with those that are none."""
     kind, colon, name = source.partition(":")
     if colon and kind == "builtin":
         return _builtin(name, data)

@@ -5,6 +5,16 @@ from pathlib import Path
 from lite_trgrpo.errors import HubError, first_line
 
 
+def cached(name: str, revision: str | None) -> Path | None:
+    """A Hub model's folder if it has been fetched before; nothing is asked of the network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:  # not there, or not whole: the client has a class for each way, which differ between versions
+        return None
+
+
 def fetch(name: str, revision: str | None, patterns: list[str], option: str = "model.name") -> Path:
     """Files of a Hub repository -> its folder in the Hub's own cache, named by the resolved commit.
 

@@ -97,6 +97,11 @@ class Data(Section):
     system: str | None = Field(None, description="System message put before every prompt that has none")
     options: dict[str, Any] = Field({}, description="Arguments of a generator, e.g. { size = 2000 }")
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are counted, reported and left out (tokens)")
+    scan: str | None = Field(
+        None,
+        description="A file of `lite-trgrpo check --scan`: training takes only prompts that the base solved there "
+        "between 10 % and 90 % of the time",
+    )
     seed: int = Field(
         0, ge=0, le=MAX_SEED, description="Of generators and of the choice of held-out rows; not of a run's sampling"
     )
@@ -276,6 +281,9 @@ class Train(Section):
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay, beside the one to fall back on")
     prefer_half: bool = Field(
         False, description="Of four prompts take the one whose remembered solve rate is nearest to 50 %; new ones first"
+    )
+    preflight: bool = Field(
+        True, description="Refuse to start, or to go on after the first step, where nothing can be learned"
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 

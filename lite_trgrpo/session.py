@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from lite_trgrpo.backends import choice
 from lite_trgrpo.errors import RunError, first_line
 from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.policy import sample_all
+from lite_trgrpo.preflight import rewards as preflight
 from lite_trgrpo.records import Example, Sampling
 from lite_trgrpo.screen import talk
 from lite_trgrpo.store import checkpoint
@@ -50,6 +51,9 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop) -> Run:
         examples, heldout_examples = data.load(config.data, config.eval.rows)
         choice.settle(config.model)
         if resume is None:
+            if config.train.preflight:
+                for line in preflight.before_training(examples, scoring, config):
+                    talk.print(line, markup=False, soft_wrap=True)
             planned, _ = check.memory(config, None)
             talk.print(f"memory: {screen.memory_line(planned)}", markup=False, soft_wrap=True)
         policy = _policy(config)
@@ -209,9 +213,7 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     config = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
     with scoring_of(config) as scoring:
         examples, _ = data.load(config.data, config.eval.rows)
-        policy = _policy(config)
-        config = _with_cache(config, policy)
-        training, _ = trainer.encode(policy, examples, config.data.max_prompt_tokens)
+        config, policy, training = ready(config, examples)
         groups, _ = trainer.rollout(
             config, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0}
         )
@@ -264,6 +266,13 @@ def scoring_of(config: Config) -> rewards.Cage:
         on_failure=config.rewards.on_failure,
         tell=lambda line: talk.print(f"warning: {line}", markup=False, soft_wrap=True),
     )  # fmt: skip
+
+
+def ready(config: Config, examples: Sequence[Example]) -> tuple[Config, "TransformersPolicy", Encoded]:
+    """The model, its cache resolved, and the prompts as it reads them."""
+    policy = _policy(config)
+    config = _with_cache(config, policy)
+    return config, policy, trainer.encode(policy, examples, config.data.max_prompt_tokens)[0]
 
 
 def _policy(config: Config) -> "TransformersPolicy":

@@ -35,6 +35,6 @@ def tiny_config(tmp_path):
     path.write_text(
         f'[model]\nname = "{folder}"\nlora_rank = 4\n[data]\nsource = "{data}"\n'
         f'[rewards]\nfunctions = {{ "{reward}:length" = 1.0 }}\n[rollout]\ngroup_size = 4\nmax_new_tokens = 6\n'
-        "[train]\nsteps = 2\nprompts_per_step = 3\n[eval]\nrows = 4\nsamples = 0\n"
+        "[train]\nsteps = 2\nprompts_per_step = 3\npreflight = false\n[eval]\nrows = 4\nsamples = 0\n"
     )
     return path

@@ -304,13 +304,15 @@ def test_reward_files(what, tmp_path, monkeypatch):
     ["[1.0]", "['1'] * len(completions)", "[float('nan')] * len(completions)", "7", "None", "'text'", "{}"],
 )
 def test_what_a_reward_function_does_wrong(body, model, tmp_path, monkeypatch):
-    """It is called only when there are answers; the run folder is there by then, and the run can be resumed once it is
-    mended."""
+    """The preflight finds it before the model is loaded. Without one it is called only when there are answers; the run
+    folder is there by then, and the run can be resumed once it is mended."""
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(GOOD)
     Path("own.py").write_text(f"def reward(completions, **_):\n    return {body}\n")
     setting = "rewards.functions={ 'own.py:reward' = 1 }"
-    refused(["train", "-o", "run", "--steps", 1, *settings(model, "data.jsonl", setting)], "own.py:reward")
+    refused(["train", "-o", "run", *settings("x/y", "data.jsonl", setting)], "own.py:reward", Path("run"))
+    later = settings(model, "data.jsonl", setting, "train.preflight=false")
+    refused(["train", "-o", "run", "--steps", 1, *later], "own.py:reward")
     Path("own.py").write_text(REWARD)
     result = CliRunner().invoke(app, ["train", "--resume", "run"])
     assert result.exit_code == 0, result.output

@@ -30,11 +30,14 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "options": ("", "pydantic"),
     "config": ("errors options", "pydantic tomli_w"),
     "hub": ("errors", "huggingface_hub"),
-    "data": ("config errors hub options records", "datasets pyarrow reasoning_gym"),
+    "preflight": ("", ""),
+    "preflight.scan": ("errors records", ""),
+    "data": ("config errors hub options preflight.scan records", "datasets pyarrow reasoning_gym"),
     "rewards.text": ("errors", ""),
     "rewards.maths": ("rewards.text", "math_verify"),
     "rewards.puzzles": ("rewards.text", ""),
     "rewards.gym": ("errors rewards.text", "reasoning_gym"),
+    "rewards.gold": ("rewards.gym", ""),
     "rewards.loading": ("config errors rewards.gym rewards.maths rewards.puzzles rewards.text", ""),
     "rewards.scoring": ("errors records rewards.loading", ""),
     "rewards.wire": ("", ""),
@@ -42,6 +45,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rewards.process": ("rewards.worker", ""),
     "rewards.cage": ("errors records rewards.process rewards.scoring rewards.wire rewards.worker", ""),
     "rewards": ("rewards.cage rewards.loading rewards.scoring", ""),
+    "preflight.findings": ("options records rewards.gold", ""),
+    "preflight.rewards": ("errors options preflight.findings records rewards rewards.gold", ""),
+    "preflight.samples": ("options preflight.findings records rewards rewards.gold", ""),
+    "preflight.told": ("preflight.findings", ""),
     "attention": ("", "torch"),
     "rollout": ("", ""),
     "rollout.sampling": ("", "numpy torch"),
@@ -88,9 +95,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "training.job": ("memory options policy records rewards store.run training.curriculum training.stopping", "torch"),
     "training.recovery": ("store.checkpoint training.guards training.job", ""),
     "training.trainer": (
-        "data errors evaluate memory options policy records rewards store.checkpoint store.run training.curriculum "
-        "training.guards training.job training.metrics training.optimizer training.recovery training.stopping "
-        "training.update",
+        "data errors evaluate memory options policy preflight.samples records rewards store.checkpoint store.run "
+        "training.curriculum training.guards training.job training.metrics training.optimizer training.recovery "
+        "training.stopping training.update",
         "torch",
     ),
     "diagnose": ("objective options policy training.update training.weighting", "torch"),
@@ -123,6 +130,19 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "backends.loading backends.template backends.transformers data errors objective options records rewards "
         "session training.weighting",
         "datasets torch trl",
+        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
+        "preflight.rewards records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "training.trainer training.update",
+        "",
+    ),
+    "preflight.proposal": (
+        "backends.transformers check config data errors options preflight.findings records rewards rewards.gold",
+        "torch",
+    ),
+    "preflight.survey": (
+        "data errors options policy preflight.rewards preflight.samples preflight.scan records rewards session "
+        "training.job training.metrics",
+        "",
     ),
     "sharing": ("", ""),
     "sharing.merge": ("errors", "safetensors torch"),
@@ -142,8 +162,12 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "compare": ("config errors evaluate options screen session store.checkpoint store.run training.stopping", ""),
     "cli.app": ("__init__ errors training.stopping", "typer"),
     "cli.work": ("cli.app config screen session training.stopping", "typer"),
-    "cli.look": ("check cli.app compare config figures options screen session", "typer"),
-    "cli.give": ("cli.app config listing report screen sharing.export sharing.publish store.run", "typer"),
+    "cli.look": (
+        "check cli.app compare config figures options preflight.proposal preflight.survey preflight.told screen "
+        "session",
+        "typer",
+    ),
+    "cli.give": ("cli.app config listing screen sharing.export sharing.publish store.run", "typer"),
     "cli": ("cli.app cli.give cli.look cli.work", ""),
     "__main__": ("cli", ""),
 }  # fmt: skip

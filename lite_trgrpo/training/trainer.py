@@ -15,6 +15,7 @@ from lite_trgrpo.evaluate import evaluate, paired_gain
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy, sample_groups
+from lite_trgrpo.preflight.samples import of_first_step
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.store import checkpoint
@@ -155,12 +156,19 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     job.history.append(metrics)
     norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"] is not None]
     metrics["grad_norm_variance"] = pvariance(norms) if norms else None
-    trouble = recovery.watch(job, metrics)
+    trouble = recovery.watch(job, metrics) or _hopeless(job, metrics)
     job.run.log_step(metrics, groups, job.policy.pieces)
     job.step += 1
     job.listener.step(metrics)
     if trouble is not None:
         raise Stopped(trouble, 1)
+
+
+def _hopeless(job: Job, metrics: Metrics) -> str | None:
+    """After the first step: why nothing can be learned, as far as it and the score before training tell."""
+    if job.step > 0 or not (job.config.train.preflight and job.evaluations):
+        return None
+    return of_first_step(job.evaluations[0], metrics, job.config)
 
 
 @torch.no_grad()

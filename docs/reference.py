@@ -1,0 +1,53 @@
+"""Write docs/options.md, the table of all options, from the code that defines them.
+
+python docs/reference.py > docs/options.md
+"""
+
+import typing
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from lite_trgrpo.config import toml_line
+from lite_trgrpo.options import MAY_CHANGE, SECTIONS
+
+HEAD = """# Options
+
+Set one with `--set section.key=value`, or in a TOML file under `[section]` (`--config`). A resumed run may be given
+another value of those with a star. Written by `python docs/reference.py > docs/options.md`."""
+
+
+def lines() -> Iterator[str]:
+    yield HEAD
+    for section, model in SECTIONS.items():
+        yield f"\n## {section}\n\n{model.__doc__}\n\n| option | type | default | |\n|---|---|---|---|"
+        for key, field in model.model_fields.items():
+            star = " \\*" if f"{section}.{key}" in MAY_CHANGE else ""
+            default = "needed" if field.default is PydanticUndefined else _value(field.default)
+            yield f"| `{key}`{star} | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |"
+
+
+def _value(value: Any) -> str:
+    return "unset" if value is None else f"`{_cell(toml_line('x', value).partition(' = ')[2])}`"
+
+
+def _type(annotation: Any) -> str:
+    """`"a", "b"` of a Literal, `int or unset` of an optional number, `list of str`."""
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is typing.Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if kind in (typing.Union, UnionType):
+        return " or ".join(_type(part) for part in parts if part is not NoneType)
+    if kind is list:
+        return f"list of {_type(parts[0])}"
+    return {dict: "table", str: "text", int: "whole number", float: "number", bool: "true, false"}[kind or annotation]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

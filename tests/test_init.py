@@ -1,0 +1,160 @@
+"""`init`: a data file of one's own becomes a config that says what was guessed, or a line that says what to mend."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lite_trgrpo import config as options
+from lite_trgrpo import data
+from lite_trgrpo.backends import weights
+from lite_trgrpo.cli import app
+from lite_trgrpo.preflight import proposal, rewards
+from tests.tiny import gsm8k_rows
+from tests.toy import InProcess
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """In a folder of its own, on a machine that has converted no base yet: lengths are guessed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path / "cache"))
+
+
+def init(*arguments):
+    return CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, ["init", *arguments])
+
+
+def jsonl(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def test_the_example_data_become_a_config_that_passes():
+    shutil.copy(ROOT / "examples" / "own_data.jsonl", "own.jsonl")
+    result = init("own.jsonl")
+    assert (result.exit_code, result.stdout) == (0, ""), result.output
+    assert "lite-trgrpo check --config own.toml" in result.stderr
+    config = options.load(file=Path("own.toml"))
+    assert (config.data.prompt, config.data.answer, config.rewards.functions) == ("prompt", "answer", {"number": 1.0})
+    assert config.model == options.load("demo").model  # there is no card here
+    examples, _ = data.load(config.data, config.eval.rows)
+    scorer = InProcess(config.rewards.functions)
+    assert not any(r.broken for r in (rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)))
+
+
+def test_every_line_has_a_comment_that_says_why_or_what():
+    jsonl("mine.jsonl", gsm8k_rows(30))
+    assert init("mine.jsonl").exit_code == 0
+    text = Path("mine.toml").read_text().splitlines()
+    settings = [i for i, line in enumerate(text) if " = " in line and not line.startswith("#")]
+    assert len(settings) > 10 and all(text[i - 1].startswith("# ") for i in settings)
+    assert "# guessed from the columns question, answer" in text
+    assert "30 rows; a few hundred are a start" in text[1]
+
+
+ASKED = {"prompt": "Which?", "answer": "x"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "reward"),
+    [
+        (gsm8k_rows(20), ("question", "answer"), "number"),
+        ([{"id": 7, "Problem": "Solve.", "solution": "so \\boxed{\\frac{1}{2}}"}], ("Problem", "solution"), "math"),
+        ([{"id": 7, "problem": "Solve.", "level": 5, "gold": "x^2 + 1"}], ("problem", "gold"), "math"),
+        ([{"q": "Is there a longer text than this one?", "a": "no"}], ("q", "a"), "exact"),
+        ([{"prompt": "How much?", "answer": 3.5}], ("prompt", "answer"), "number"),
+        ([{"prompt": "How much?", "answer": "$1,234.50"}], ("prompt", "answer"), "number"),
+        ([{"prompt": "Which letter?", "answer": "B"}], ("prompt", "answer"), "exact"),
+        ([{"prompt": "When?", "answer": "5 May"}], ("prompt", "answer"), "exact"),
+        ([{"messages": [{"role": "user", "content": "2 + 2?"}], "label": "4"}], ("messages", "label"), "number"),
+    ],
+)  # fmt: skip
+def test_columns_and_reward_are_guessed(rows, columns, reward):
+    found = proposal.propose(jsonl("x.jsonl", rows), None)
+    config = proposal.validated(found)
+    assert (config.data.prompt, config.data.answer) == columns
+    assert list(config.rewards.functions) == [reward]
+
+
+def test_a_csv_file_is_read_too():
+    Path("t.csv").write_text('Question,Answer,note\n"What is 2 + 2, then?",4,easy\nWhat is 5 + 5?,10,\n')
+    assert init("t.csv", "--output", "c.toml").exit_code == 0
+    assert tomllib.loads(Path("c.toml").read_text())["data"]["prompt"] == "Question"
+
+
+def test_long_texts_are_not_for_a_built_in():
+    found = proposal.propose(
+        jsonl("x.jsonl", [{"prompt": "Tell!", "answer": "a story of " + "many words " * 20}]), None
+    )
+    assert "better write a reward of your own" in found.reasons["rewards.functions"]
+
+
+def test_a_form_that_the_prompts_ask_for_is_left_alone():
+    rows = [{"prompt": "2 + 2? End with `#### number`.", "answer": "4"}]
+    assert proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None)).data.system is None
+
+
+def test_no_prompt_of_usual_length_is_left_out():
+    rows = [{"prompt": "word " * n, "answer": "4"} for n in (3, 50, 200)]
+    config = proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None))
+    assert 250 < config.data.max_prompt_tokens < 400
+
+
+@pytest.mark.slow
+def test_with_the_bases_tokenizer_at_hand_prompts_are_counted(monkeypatch):
+    monkeypatch.delenv("LITE_TRGRPO_CACHE")
+    weights.locate(options.load("demo").model.name, None, sha256=None, upstream=None, remote_code=False)
+    found = proposal.propose(jsonl("x.jsonl", [{"prompt": "word " * 50, "answer": "4"}]), None)
+    assert found.reasons["data.max_prompt_tokens"].endswith("(counted)")
+
+
+@pytest.mark.parametrize(("size", "preset"), [("24GB", "math-7b"), ("8GB", "math-1.5b"), ("5GB", "demo")])
+def test_the_base_is_the_largest_that_fits_the_card(size, preset):
+    """Offline the bases' shapes cannot be fetched: then the cards count that the presets name."""
+    assert init(jsonl("x.jsonl", gsm8k_rows(20)), "--vram", size).exit_code == 0
+    config = options.load(file=Path("x.toml"))
+    assert config.model == options.load(preset).model
+    assert (config.data.system is not None and "boxed" in config.data.system) and config.train.steps > 0
+
+
+def test_the_bases_are_presets():
+    assert set(proposal.BASES) <= set(options.presets())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ("not json\n", "not a JSON object"),
+        ('{"d": {"question": "2 + 2?", "answer": "4"}}\n',
+         "jq -c '{prompt: .d.question, answer: .d.answer}' x.jsonl > flat.jsonl"),
+        ('{"prompt": "Tell me a story."}\n', "write a reward of your own"),
+        ('{"n": 3}\n', "no column holds prompts"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "b"}\n',
+         "the last message of 'messages' is the assistant's"),
+        ('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', "no column holds answers"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_says_what_to_mend(text, message):
+    Path("x.jsonl").write_text(text)
+    result = init("x.jsonl")
+    assert result.exit_code == 1 and message in result.stderr, result.output
+    assert not Path("x.toml").exists()
+
+
+def test_nothing_is_overwritten():
+    Path("x.toml").write_text("mine")
+    result = init(jsonl("x.jsonl", [ASKED]))
+    assert result.exit_code == 2 and "is there already" in result.stderr
+    assert Path("x.toml").read_text() == "mine"
+
+
+def test_a_missing_file_is_named():
+    result = init("none.jsonl")
+    assert result.exit_code == 1 and "no file none.jsonl" in result.stderr
