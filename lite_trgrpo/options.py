@@ -274,6 +274,9 @@ class Train(Section):
     prefer_half: bool = Field(
         False, description="Of four prompts take the one whose remembered solve rate is nearest to 50 %; new ones first"
     )
+    track: Literal["tensorboard", "wandb", "trackio"] | None = Field(
+        None, description="Send the metrics there too; its package must be installed"
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 
     @field_validator("memory")
@@ -342,4 +345,5 @@ SECTIONS: dict[str, type[Section]] = {
 # What a resumed run may change: how long, how often, how much at once. All else decides what its steps are.
 MAY_CHANGE = {"train.steps", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"}
 MAY_CHANGE |= {"train.micro_batch_tokens", "train.gradient_checkpointing", "rollout.max_rows", "eval.every"}
+MAY_CHANGE |= {"train.track"}
 MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}

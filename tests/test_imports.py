@@ -48,7 +48,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rollout.sampling": ("", "numpy torch"),
     "rollout.cache": ("", "torch"),
     "rollout.engine": ("attention records rollout.cache rollout.sampling", "numpy torch"),
-    "memory": ("errors", "torch"),
+    "memory": ("errors", "psutil torch"),
     "policy": ("memory records", "torch"),
     "backends": ("", ""),
     "backends.template": ("errors records", ""),
@@ -97,12 +97,18 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "check": ("backends.loading options plan", "psutil torch"),
     "screen": ("", "rich"),
     "figures": ("errors", "matplotlib"),
+    "drawing": ("screen", "rich"),
+    "panel": ("drawing records screen training.guards", "rich"),
+    "display": ("options panel records screen training.job", "torch"),
+    "trackers": ("errors screen", "torch trackio wandb"),
+    "resuming": ("errors screen store.checkpoint store.run", ""),
     "session": (
-        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
-        "records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
+        "__init__ backends.loading backends.transformers check data diagnose display errors evaluate memory options "
+        "panel records resuming rewards screen store.lock store.run trackers training.job training.stopping "
         "training.trainer training.update",
         "",
     ),
+    "chat": ("backends.transformers errors options records rewards rollout.engine screen session", ""),
     "sharing": ("", ""),
     "sharing.merge": ("errors", "safetensors torch"),
     "sharing.llamacpp": ("errors", "gguf llama_cpp transformers"),
@@ -120,7 +126,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "sharing.publish": ("errors figures options sharing.card sharing.export store.run", "huggingface_hub"),
     "compare": ("config errors evaluate options screen session store.checkpoint store.run training.stopping", ""),
     "cli.app": ("__init__ errors training.stopping", "typer"),
-    "cli.work": ("cli.app config screen session training.stopping", "typer"),
+    "cli.work": ("chat cli.app config resuming screen session training.stopping", "typer"),
     "cli.look": ("check cli.app compare config figures options screen session", "typer"),
     "cli.give": ("cli.app config listing screen sharing.export sharing.publish store.run", "typer"),
     "cli": ("cli.app cli.give cli.look cli.work", ""),
@@ -128,7 +134,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 # Seconds to import, or not installed everywhere: only inside functions, but for the backend's own base library.
 LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf"}
-LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
+LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "wandb", "llama_cpp"}
 # libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
 COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python"}
 
@@ -209,7 +215,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
     ("library", "modules"),
     [
         ("typer", {"cli.app", "cli.give", "cli.look", "cli.work"}),
-        ("rich", {"screen"}),
+        ("rich", {"drawing", "panel", "screen"}),
         ("click", set()),
         ("safetensors", {"store.checkpoint", "sharing.merge"}),
         ("pydantic", {"config", "options"}),

@@ -158,7 +158,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     trouble = recovery.watch(job, metrics)
     job.run.log_step(metrics, groups)
     job.step += 1
-    job.listener.step(metrics)
+    job.listener.step(metrics, groups)
     if trouble is not None:
         raise Stopped(trouble, 1)
 
