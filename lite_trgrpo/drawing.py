@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import fmean
 
 from rich.console import Console
@@ -63,7 +64,8 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def fold(text: str, width: int, lines: int) -> list[str]:
+@lru_cache(maxsize=16)  # drawn every second, new once a step
+def fold(text: str, width: int, lines: int) -> tuple[str, ...]:
     """Model text in exactly `lines` lines of at most `width` cells: its beginning and, where it is longer, its end.
 
     An answer's end matters most: that is where the result stands.
@@ -76,7 +78,7 @@ def fold(text: str, width: int, lines: int) -> list[str]:
         first = lines // 3
         end = folded[len(folded) - (lines - first) :]
         folded = [*folded[:first], *wrapped("… " + " ".join(end), width)[: lines - first]]
-    return folded + [""] * (lines - len(folded))
+    return *folded, *[""] * (lines - len(folded))
 
 
 def wrapped(text: str, width: int) -> list[str]:

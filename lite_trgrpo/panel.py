@@ -138,9 +138,9 @@ class Panel:
             f" update {shares['update_s']:.0%}  {seconds:.1f} s a step"
             f"  {number(clock['tokens_per_s'], ',.0f')} tokens/s{waited}",
         )  # fmt: skip
-        now, peak = (clock.get(name, 0.0) / 1024 for name in _gauges(clock))
+        now, peak = _memory(clock)
         limit = self.limit / 2**30
-        filled = bar([(now / limit, "█"), (max(0.0, peak - now) / limit, "░")], max(6, width - 66))
+        filled = bar([(now / limit, "█"), ((peak - now) / limit, "░")], max(6, width - 66))
         yield Text.assemble(
             _label("memory"), f"{now:>5.2f} GB now ", (filled, "cyan"), f" peak {peak:.2f}, limit {limit:.2f} GB"
         )
@@ -245,9 +245,11 @@ def _worked(line: Line) -> float:
     return sum(line["clock"][name] for name in WORK)
 
 
-def _gauges(clock: Mapping[str, float]) -> tuple[str, str]:
-    """Names of memory now and at its peak: of the card where there is one."""
-    return ("cuda_mib", "cuda_peak_mib") if "cuda_mib" in clock else ("rss_mib", "rss_peak_mib")
+def _memory(clock: Mapping[str, float]) -> tuple[float, float]:
+    """Memory now and at its peak (GB), of the card where there is one. Older runs have not logged both."""
+    kind = "cuda" if "cuda_peak_mib" in clock else "rss"
+    known = [clock[name] for name in (f"{kind}_mib", f"{kind}_peak_mib") if name in clock]
+    return known[0] / 1024, max(known) / 1024
 
 
 def _label(name: str) -> tuple[str, str]:

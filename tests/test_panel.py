@@ -86,6 +86,9 @@ CASES = {
     "an endless word": panel([line(1)], groups=[group("x" * 100_000, "", rewards=(1.0, 0.0))], cap=4096),
     "every light red": panel([line(1, guards=EVERY_LIGHT)], groups=PAIR, said=(0, "lower the learning rate " * 40)),
     "five thousand steps": panel([line(i) for i in range(1, 5001)], [scored(0)], PAIR, steps=5000),
+    "resumed from an older version": panel(
+        [line(1, clock={k: v for k, v in {**CLOCK, "cuda_peak_mib": 8e3}.items() if "rss_peak" not in k})]
+    ),
     "on a card, with KL": panel([line(1, kl=0.01, clock={**CLOCK, "cuda_mib": 7e4, "cuda_peak_mib": 8e4})]),
 }  # fmt: skip
 
@@ -216,7 +219,7 @@ def test_a_long_answer_shows_its_beginning_and_its_end():
     folded = fold(" ".join(words), 30, 6)
     assert len(folded) == 6
     assert folded[0].startswith("word0 ") and "word999" in " ".join(folded) and any(f.startswith("…") for f in folded)
-    assert fold("two\nlines", 30, 2) == ["two lines", ""]
+    assert fold("two\nlines", 30, 2) == ("two lines", "")
 
 
 # -- in a terminal ------------------------------------------------------------------------------------------
