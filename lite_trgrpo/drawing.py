@@ -64,6 +64,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def one_line(text: str) -> str:
+    """Text of a model or a file, harmless and without line breaks."""
+    return " ".join(plain(text).split())
+
+
 @lru_cache(maxsize=16)  # drawn every second, new once a step
 def fold(text: str, width: int, lines: int) -> tuple[str, ...]:
     """Model text in exactly `lines` lines of at most `width` cells: its beginning and, where it is longer, its end.
@@ -73,11 +78,11 @@ def fold(text: str, width: int, lines: int) -> tuple[str, ...]:
     room = width * lines
     if len(text) > 2 * room:  # all that could be shown and more; the rest would only cost time
         text = f"{text[:room]} {text[-room:]}"
-    folded = wrapped(" ".join(plain(text).split()), width)
+    folded = wrapped(one_line(text), width)
     if len(folded) > lines:
         first = lines // 3
         end = folded[len(folded) - (lines - first) :]
-        folded = [*folded[:first], *wrapped("… " + " ".join(end), width)[: lines - first]]
+        folded = [*folded[:first], "…" + end[0][2:], *end[1:]]
     return *folded, *[""] * (lines - len(folded))
 
 

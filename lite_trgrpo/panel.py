@@ -12,7 +12,7 @@ from rich.console import Group as Stack
 from rich.live import Live
 from rich.text import Text
 
-from lite_trgrpo.drawing import bar, curve, duration, fold, measured, number, wrapped
+from lite_trgrpo.drawing import bar, curve, duration, fold, measured, number, one_line, wrapped
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.screen import plain, talk
 from lite_trgrpo.training.guards import NAMES
@@ -161,7 +161,7 @@ class Panel:
             row += light
         yield row
         if self.said is not None and (shown or len(self.history) - self.said[0] < FRESH):
-            for line in wrapped(plain(self.said[1]), width - LABEL)[:3]:
+            for line in wrapped(plain(self.said[1]), width - LABEL)[:4]:
                 yield Text.assemble(_label(""), (line, "yellow"))
         elif not shown:
             yield Text.assemble(_label(""), ("nothing out of order", "dim"))
@@ -185,9 +185,9 @@ class Panel:
             lines = [Text(f" {line}") for line in fold(completion.text, inner, tall)]
             blocks.append([_rule(title, colour, inner + 1), *lines])
         gold = group.example.columns.get("answer")
-        question = f"asked: {fold(group.example.text[:width], width, 1)[0]}"
+        question = f"asked: {one_line(group.example.text[:width])}"
         if gold is not None:
-            question = f"gold: {fold(str(gold)[:40], 40, 1)[0]}  {question}"
+            question = f"gold: {one_line(str(gold)[: width // 3])}  {question}"
         if columns == 1:
             return [Text(f" {question}", style="dim"), *(line for block in blocks for line in block)]
         for line in blocks[0]:
@@ -264,5 +264,5 @@ def _row(name: str, value: str, drawn: Sequence[str], room: int, rest: str, colo
 
 
 def _rule(title: str, colour: str, width: int) -> Text:
-    shown = f"── {' '.join(plain(title).split())} "
+    shown = f"── {one_line(title)} "
     return Text(shown + "─" * max(0, width - cell_len(shown)), style=colour or "dim")

@@ -120,6 +120,7 @@ def test_all_that_matters_is_there_at_80_by_24():
 
 def test_model_text_cannot_write_escapes_or_markup():
     text = shown(CASES["hostile text"], 140, 40)
+    assert r"asked: \x1b[2J" in text
     assert "\x1b" not in text and "\u202e" not in text and "\x9b" not in text
     assert r"\x1b[2J" in text and "[red]markup[/red]" in text and r"\u202e" in text
 
@@ -219,6 +220,7 @@ def test_a_long_answer_shows_its_beginning_and_its_end():
     folded = fold(" ".join(words), 30, 6)
     assert len(folded) == 6
     assert folded[0].startswith("word0 ") and "word999" in " ".join(folded) and any(f.startswith("…") for f in folded)
+    assert fold("二" * 100, 20, 3) == ("二" * 10, "…" + "二" * 8, "二" * 10)
     assert fold("two\nlines", 30, 2) == ("two lines", "")
 
 
