@@ -1,31 +1,55 @@
-"""Draw the README's picture from a finished run, with the same lines that were on the screen.
+"""Draw the README's picture from a finished run, with the panel and the tables that were on the screen.
 
 python docs/picture.py runs/demo docs/demo.svg
 """
 
 import io
+import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from lite_trgrpo import screen
+from lite_trgrpo.config import load
+from lite_trgrpo.panel import Panel
+from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.store.run import Run
+
+WIDTH, HEIGHT, MEMORY = 118, 24, 8 * 2**30  # of the terminal and the machine that are shown
 
 
 def main(folder: str, picture: str) -> None:
     run = Run.existing(Path(folder))
-    evaluations, metrics = run.evaluations(), run.metrics()
-    console = Console(record=True, width=118, highlight=False, file=io.StringIO())
+    options, evaluations, metrics = load(file=run.folder / "config.toml"), run.evaluations(), run.metrics()
+    panel = Panel(
+        "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens, MEMORY, metrics, evaluations,
+        last_groups(run, metrics[-1]["step"]),
+    )  # fmt: skip
+    worked = [line["clock"][part] for line in metrics for part in ("rollout_s", "reward_s", "update_s")]
+    panel.started -= sum(worked) + sum(line["clock"]["eval_s"] for line in evaluations)
+    console = Console(record=True, width=WIDTH, highlight=False, file=io.StringIO())
     console.print("$ lite-trgrpo train --preset demo", style="bold")
-    console.print(screen.eval_line(evaluations[0]))
-    shown = [0, 1, *range(4, len(metrics), 5)]
-    for i in shown:
-        console.print(f"step {metrics[i]['step']:>2}/{len(metrics)}  {screen.step_line(metrics[i])}")
-    console.print(screen.eval_line(evaluations[-1]))
+    for line in evaluations:
+        console.print(screen.eval_line(line), markup=False)
+    for text in panel.lines(WIDTH, HEIGHT):
+        console.print(text)
     for table in screen.comparison(evaluations[0], evaluations[-1], samples=5):
         console.print(table)
     console.save_svg(picture, title="lite-trgrpo")
+
+
+def last_groups(run: Run, step: int) -> list[Group]:
+    """The groups of a step as rollouts.jsonl holds them."""
+    found = []
+    for text in (run.folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["step"] == step:
+            answers = [Completion(tuple(c["ids"]), (), (), c["text"], c["stopped"]) for c in line["completions"]]
+            rewards = [float("nan") if c["reward"] is None else c["reward"] for c in line["completions"]]
+            example = Example(line["prompt"], {"answer": line["answer"]}, line["origin"])
+            found.append(Group(example, Prompt((), ""), answers, rewards))
+    return found
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from lite_trgrpo.config import toml_line
-from lite_trgrpo.options import MAY_CHANGE, SECTIONS
+from lite_trgrpo.config import MAY_CHANGE, toml_line
+from lite_trgrpo.options import SECTIONS
 
 HEAD = """# Options
 

@@ -4,6 +4,7 @@ import gc
 import sys
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 
 from lite_trgrpo.errors import OutOfMemoryError
@@ -77,3 +78,8 @@ def cap(limit: int, device: torch.device) -> bool:
 
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     return True
+
+
+def total(device: torch.device) -> int:
+    """Bytes of the card, or of the machine."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total

@@ -285,6 +285,9 @@ class Train(Section):
     preflight: bool = Field(
         True, description="Refuse to start, or to go on after the first step, where nothing can be learned"
     )
+    track: Literal["tensorboard", "wandb", "trackio"] | None = Field(
+        None, description="Send the metrics there too; its package must be installed"
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
 
     @field_validator("memory")
@@ -299,9 +302,7 @@ class Eval(Section):
     """The held-out score."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after")
-    rows: int = Field(
-        200, ge=0, description="Held-out rows (at most half of the source when it has no split of its own)"
-    )
+    rows: int = Field(200, ge=0, description="Held-out rows; at most half of a source that has no split of its own")
     samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
     stop_loops: bool = Field(
@@ -345,12 +346,5 @@ class Config(Section):
     guards: Guards = Guards()
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": Model, "data": Data, "rewards": Rewards, "rollout": Rollout,
-    "objective": Objective, "train": Train, "eval": Eval, "guards": Guards,
-}  # fmt: skip
-
-# What a resumed run may change: how long, how often, how much at once. All else decides what its steps are.
-MAY_CHANGE = {"train.steps", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"}
-MAY_CHANGE |= {"train.micro_batch_tokens", "train.gradient_checkpointing", "rollout.max_rows", "eval.every"}
-MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}
+KINDS = (Model, Data, Rewards, Rollout, Objective, Train, Eval, Guards)
+SECTIONS: dict[str, type[Section]] = dict(zip(Config.model_fields, KINDS, strict=True))

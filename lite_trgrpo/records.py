@@ -79,6 +79,9 @@ class Group:
         """What the first function says, which is the one that tells whether an answer is solved; NaN: ungraded."""
         return next(iter(self.parts.values()))
 
+    def graded(self) -> int:
+        return sum(grade == grade for grade in self.grades())  # NaN is not equal to itself
+
     def solved(self, solved_at: float) -> list[bool]:
         """Of each completion; an ungraded one is not."""
         return [grade >= solved_at for grade in self.grades()]

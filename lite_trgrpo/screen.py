@@ -3,13 +3,12 @@
 import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import IO, Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
 from rich.file_proxy import FileProxy
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -55,27 +54,14 @@ def say(line: str) -> None:
     talk.print(line, markup=False, soft_wrap=True)
 
 
-def step_line(metrics: Mapping[str, Any], width: int = 120) -> str:
+def step_line(metrics: Mapping[str, Any]) -> str:
     """The headline of a step. The loss is not in it: with one update a batch it says nothing about learning."""
     reward = metrics["reward_mean"]
-    line = (
+    return (
         f"reward {'  -  ' if reward is None else f'{reward:5.3f}'}  solved {metrics['solved']:4.0%}  "
-        f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}"
+        f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}  "
+        f"length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
     )
-    rest = f"  length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
-    return line + rest if width >= 110 else line
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """Yields a function of a step's metrics: one live line on a terminal, a printed line elsewhere."""
-    if not talk.is_terminal or talk.is_dumb_terminal:
-        yield lambda metrics: talk.print(f"step {metrics['step']}/{total}  {step_line(metrics)}", soft_wrap=True)
-        return
-    columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=talk) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda metrics: bar.update(task, completed=metrics["step"], description=step_line(metrics, talk.width))
 
 
 def eval_line(line: Mapping[str, Any]) -> str:
@@ -195,6 +181,16 @@ def memory_line(plan: Mapping[str, Any]) -> str:
     if plan["changes"] is None:
         return f"does not fit: {taken}; lower rollout.max_new_tokens or data.max_prompt_tokens, or take a smaller model"
     return f"does not fit: {taken}; it does with {', '.join(plan['changes'])}"
+
+
+def past_line(before: Mapping[str, Any]) -> str:
+    """`check.past`'s result in a sentence."""
+    hours = before["hours"]
+    whole = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
+    return (
+        f"as {before['run']} went: about {before['step_s']:.1f} s a step, {whole} in all; that run took "
+        f"{before['peak'] / 2**30:.1f} GB at its peak"
+    )
 
 
 def comparison_table(objectives: Iterable[Mapping[str, Any]]) -> Table:

@@ -40,12 +40,12 @@ def words(text: str) -> str:
 @pytest.fixture
 def session(monkeypatch, tmp_path):
     """The commands' own work replaced: what each was called with, in order."""
-    from lite_trgrpo import session
+    from lite_trgrpo import chat, session
     from lite_trgrpo.store.run import Run
 
     calls = []
     monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)) or Run(tmp_path))
-    monkeypatch.setattr(session, "chat", lambda *given: calls.append(("chat", *given)))
+    monkeypatch.setattr(chat, "chat", lambda *given: calls.append(("chat", *given)))
     monkeypatch.setattr(session, "evaluate", lambda *given: calls.append(("eval", *given)) or SCORES)
     return calls
 
@@ -150,26 +150,26 @@ def test_all_problems_come_at_once_one_a_line():
     assert [line.split(" = ")[0].split(".")[0] for line in lines] == ["rollout", "train", "unknown section 'evl'"]
 
 
-@pytest.mark.parametrize(("command", "name"), [("train", "train"), ("eval", "evaluate"), ("chat", "chat")])
+@pytest.mark.parametrize(
+    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "chat.chat")]
+)
 def test_ctrl_c_exits_with_130(monkeypatch, command, name):
-    from lite_trgrpo import session
-
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, name, interrupted)
+    monkeypatch.setattr(f"lite_trgrpo.{name}", interrupted)
     result = call(command, "--preset", "demo")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize(("command", "name"), [("train", "train"), ("eval", "evaluate"), ("chat", "chat")])
+@pytest.mark.parametrize(
+    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "chat.chat")]
+)
 def test_a_failure_inside_a_command_is_one_message(monkeypatch, command, name):
-    from lite_trgrpo import session
-
     def failing(*given):
         raise RunError("the disk is full; free some of it")
 
-    monkeypatch.setattr(session, name, failing)
+    monkeypatch.setattr(f"lite_trgrpo.{name}", failing)
     result = call(command, "--preset", "demo")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: the disk is full; free some of it\n")
 
@@ -195,7 +195,7 @@ def test_what_is_wrong_with_rewards_or_data_is_said_before_the_model_is_loaded(
 ):
     from lite_trgrpo import session
 
-    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     result = call("train", "--preset", "demo", "--output", str(tmp_path / "run"), "--set", override)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -206,7 +206,7 @@ def test_an_evaluation_of_no_rows_says_what_to_change(monkeypatch):
     """`eval.rows = 0` is allowed, for a training without evaluation; a score of nothing is not a number."""
     from lite_trgrpo import session
 
-    monkeypatch.setattr(session, "_policy", lambda config: ToyPolicy())
+    monkeypatch.setattr(session, "policy_of", lambda config: ToyPolicy())
     result = call("eval", "--preset", "demo", "--set", "eval.rows=0")
     assert result.exit_code == 1 and result.stderr.startswith("error: "), result.exception
     assert "eval.rows" in result.stderr
@@ -255,9 +255,17 @@ def test_every_preset_dry_runs(name):
 def test_the_run_folder_is_the_one_asked_for_or_named_after_the_preset_and_the_time(session):
     assert call("train", "--preset", "demo", "--output", "here").exit_code == 0
     assert call("train", "--preset", "demo").exit_code == 0
-    (_, config, output, resume, _), (_, _, default, _, _) = session
+    (_, config, output, resume, *_), (_, _, default, *_) = session
     assert (config, output, resume) == (options.load("demo"), Path("here"), None)
     assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", default.as_posix())
+
+
+@pytest.mark.parametrize(
+    ("flags", "show"), [((), "panel"), (("--plain",), "plain"), (("--json",), "json"), (("--plain", "--json"), "json")]
+)
+def test_how_a_run_is_shown(session, flags, show):
+    assert call("train", "--preset", "demo", *flags).exit_code == 0
+    assert session[0][-1] == show
 
 
 # -- resuming -----------------------------------------------------------------------------------------------
@@ -273,7 +281,7 @@ def run_folder(tmp_path):
 def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, run_folder):
     assert call("train", "--resume", str(run_folder)).exit_code == 0
     assert call("train", "--resume", str(run_folder), "--steps", "9").exit_code == 0
-    assert [(config.train.steps, resume) for _, config, _, resume, _ in session] == [(5, run_folder), (9, run_folder)]
+    assert [(config.train.steps, resume) for _, config, _, resume, *_ in session] == [(5, run_folder), (9, run_folder)]
     assert session[0][1] == options.load("demo", named={"train.steps": 5})
 
 
@@ -292,7 +300,7 @@ def test_harmless_changes_of_a_resumed_run_are_listed(session, run_folder):
     changes = ["--set", "eval.every=2", "--set", "train.seed=0", "--steps", "9"]
     result = call("train", "--resume", str(run_folder), *changes)
     assert (result.exit_code, result.stderr) == (0, "changed: train.steps: 5 -> 9\nchanged: eval.every: 0 -> 2\n")
-    [(_, config, _, _, _)] = session
+    [(_, config, *_)] = session
     assert (config.train.steps, config.eval.every) == (9, 2)
 
 
@@ -329,7 +337,7 @@ def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(sess
     )
     result = call("train", "--resume")
     assert result.stderr == f"going on with {Path('runs', 'new')}\n"
-    assert [resume for _, _, _, resume, _ in session] == [Path("runs", "new")]
+    assert [resume for _, _, _, resume, *_ in session] == [Path("runs", "new")]
 
 
 @pytest.mark.parametrize("name", ["missing", "."])
@@ -342,7 +350,7 @@ def test_resuming_a_folder_that_is_no_run_says_where_to_look(tmp_path, name):
 def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_is_loaded(monkeypatch, run_folder):
     from lite_trgrpo import session
 
-    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     (run_folder / "checkpoints" / "step-000003").mkdir(parents=True)
     result = call("train", "--resume", str(run_folder))
     assert result.exit_code == 1
@@ -352,10 +360,16 @@ def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_i
 # -- eval, chat, presets ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["eval", "chat"])
-def test_an_adapter_can_be_named(session, command):
+@pytest.mark.parametrize(("command", "rest"), [("eval", ()), ("chat", (False,))])
+def test_an_adapter_can_be_named(session, command, rest):
     assert call(command, "--preset", "demo", "--adapter", "runs/demo/adapter").exit_code == 0
-    assert session == [(command, options.load("demo", named={"model.adapter": "runs/demo/adapter"}))]
+    assert session == [(command, options.load("demo", named={"model.adapter": "runs/demo/adapter"}), *rest)]
+
+
+def test_a_comparison_needs_an_adapter(session):
+    result = call("chat", "--preset", "demo", "--compare")
+    assert (result.exit_code, session) == (2, [])
+    assert "--compare needs an adapter" in words(result.stderr)
 
 
 def test_a_score_is_a_table_on_stdout(session):

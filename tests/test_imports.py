@@ -54,7 +54,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rollout.sampling": ("", "numpy torch"),
     "rollout.cache": ("", "torch"),
     "rollout.engine": ("attention records rollout.cache rollout.sampling", "numpy torch"),
-    "memory": ("errors", "torch"),
+    "memory": ("errors", "psutil torch"),
     "policy": ("memory records", "torch"),
     "backends": ("", ""),
     "backends.template": ("errors records", ""),
@@ -72,10 +72,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "errors options policy records rollout.engine",
         "torch transformers",
     ),
-    "backends.unsloth": (
-        "backends.loading backends.transformers errors options policy records",
-        "torch unsloth",
-    ),
+    "backends.unsloth": ("backends.loading backends.transformers errors options policy records", "torch unsloth"),
     "backends.choice": ("backends.transformers backends.unsloth errors options", "torch"),
     "training": ("", ""),
     "training.weighting": ("objective options", "torch"),
@@ -118,11 +115,15 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "report.several": ("report.account report.charts report.html report.page report.reading", ""),
     "report": ("errors report.page report.reading report.several store.disk store.run", ""),
     "figures": ("errors", "matplotlib"),
+    "drawing": ("screen", "rich"),
+    "panel": ("drawing records screen training.guards", "rich"),
+    "display": ("options panel records screen training.job", "torch"),
+    "trackers": ("errors screen", "torch trackio wandb"),
+    "resuming": ("errors screen store.checkpoint store.run", ""),
     "session": (
-        "__init__ backends.choice backends.loading backends.transformers check data diagnose errors evaluate memory "
-        "options policy records report rewards screen store.checkpoint store.lock store.run training.job "
-        "training.stopping "
-        "training.trainer training.update",
+        "__init__ backends.choice backends.loading backends.transformers check data diagnose display errors "
+        "evaluate memory options panel preflight.rewards records report resuming rewards screen store.lock "
+        "store.run trackers training.job training.stopping training.trainer training.update",
         "",
     ),
     "integrations": ("", ""),
@@ -130,10 +131,6 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "backends.loading backends.template backends.transformers data errors objective options records rewards "
         "session training.weighting",
         "datasets torch trl",
-        "__init__ backends.loading backends.transformers check data diagnose errors evaluate memory options policy "
-        "preflight.rewards records rewards screen store.checkpoint store.lock store.run training.job training.stopping "
-        "training.trainer training.update",
-        "",
     ),
     "preflight.proposal": (
         "backends.transformers check config data errors options preflight.findings records rewards rewards.gold",
@@ -141,7 +138,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "preflight.survey": (
         "data errors options policy preflight.rewards preflight.samples preflight.scan records rewards session "
-        "training.job training.metrics",
+        "training.job",
         "",
     ),
     "sharing": ("", ""),
@@ -161,13 +158,14 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "sharing.publish": ("errors figures options sharing.card sharing.export store.run", "huggingface_hub"),
     "compare": ("config errors evaluate options screen session store.checkpoint store.run training.stopping", ""),
     "cli.app": ("__init__ errors training.stopping", "typer"),
-    "cli.work": ("cli.app config screen session training.stopping", "typer"),
+    "chat": ("backends.transformers errors options records rewards rollout.engine screen session", ""),
+    "cli.work": ("chat cli.app config resuming screen session training.stopping", "typer"),
     "cli.look": (
         "check cli.app compare config figures options preflight.proposal preflight.survey preflight.told screen "
         "session",
         "typer",
     ),
-    "cli.give": ("cli.app config listing screen sharing.export sharing.publish store.run", "typer"),
+    "cli.give": ("cli.app config listing report screen sharing.export sharing.publish store.run", "typer"),
     "cli": ("cli.app cli.give cli.look cli.work", ""),
     "__main__": ("cli", ""),
 }  # fmt: skip
@@ -255,7 +253,7 @@ def test_slow_and_optional_libraries_are_imported_where_they_are_used(module):
     ("library", "modules"),
     [
         ("typer", {"cli.app", "cli.give", "cli.look", "cli.work"}),
-        ("rich", {"screen"}),
+        ("rich", {"drawing", "panel", "screen"}),
         ("click", set()),
         ("safetensors", {"store.checkpoint", "sharing.merge"}),
         ("pydantic", {"config", "options", "report.reading"}),

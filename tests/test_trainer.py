@@ -53,7 +53,7 @@ def run_toy(
         Run.vacant(folder).create()
         run.describe(config, {})
 
-    def killer(metrics):
+    def killer(metrics, groups):
         on_step(metrics)
         if metrics["step"] == stop_after:
             raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,16 @@ class TransformersPolicy:
         return max(1, torch.cuda.mem_get_info(self.device)[0] // 3 // 2**20)
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, wanted: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        wanted: Sequence[Sequence[int]],
+        grown: Callable[[Answer], None] = lambda answer: None,
     ) -> Iterator[tuple[int, int, Completion]]:
+        """`grown` is called with each token of an answer (not where transformers' generate has to do it)."""
         self._check_length(prompts, sampling)
         self.model.eval()
-        for answer in self._answers([prompt.ids for prompt in prompts], sampling, wanted):
+        for answer in self._answers([prompt.ids for prompt in prompts], sampling, wanted, grown):
             completion = Completion(
                 tuple(answer.ids), (True,) * len(answer.ids), tuple(answer.logprobs), self.decode(answer.ids),
                 answer.stopped,
@@ -116,12 +121,16 @@ class TransformersPolicy:
             yield answer.prompt, answer.member, completion
 
     def _answers(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, wanted: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        wanted: Sequence[Sequence[int]],
+        grown: Callable[[Answer], None],
     ) -> Iterator[Answer]:
         if sampling.engine == "generate" or not self.network.by_groups:
             return reference.generate(self.model, prompts, sampling, wanted, self.end_ids, self.network.pad_id)
         slots = slot_count(prompts, sampling, self.network.token_bytes)
-        return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted).answers()
+        return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted, grown).answers()
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         return self.network.logprobs(rows, temperature)

@@ -4,7 +4,7 @@ Our engine and packed update come into play only where their check passes on its
 No line of this has run on a card yet; a test holds every call against unsloth's source.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,13 +68,11 @@ class UnslothPolicy(plain.TransformersPolicy):
         super().__init__(model, template, located, gradient_checkpointing=False)  # not that of transformers
         self.network.gradient_checkpointing = gradient_checkpointing  # it decides the mode of the update
 
-    def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, wanted: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, int, Completion]]:
+    def sample(self, *arguments: Any) -> Iterator[tuple[int, int, Completion]]:
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_inference(self.model)
-        return super().sample(prompts, sampling, wanted)
+        return super().sample(*arguments)
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         from unsloth import FastLanguageModel

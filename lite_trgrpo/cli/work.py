@@ -4,7 +4,7 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,8 +40,12 @@ def train(
     stop_at: Annotated[
         str | None, typer.Option("--stop-at", metavar="HH:MM", help="Stop at this time of day, resumably")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="A line a step instead of the live panel")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Metrics and evaluations as JSON lines on stdout, for scripts")
+    ] = False,
 ) -> None:
-    """Train a LoRA adapter.
+    """Train a LoRA adapter. On a terminal a live panel shows how it goes.
 
     Example: lite-trgrpo train --preset demo
     """
@@ -54,9 +58,9 @@ def train(
     if resume:
         if preset or config or output or objective:
             raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
-        from lite_trgrpo import session
+        from lite_trgrpo import resuming
 
-        run = session.to_resume(run)
+        run = resuming.to_resume(run)
         resolved, changed = options.resumed(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
@@ -71,7 +75,9 @@ def train(
 
     name = preset or (config.stem if config else "run")
     output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if len(evaluations := session.train(resolved, output, run, stop).evaluations()) > 1:
+    show: Literal["panel", "plain", "json"] = "json" if as_json else "plain" if plain else "panel"
+    evaluations = session.train(resolved, output, run, stop, show).evaluations()
+    if len(evaluations) > 1 and not as_json:
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
 
 
@@ -109,14 +115,18 @@ def chat(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     set_: SetOption = [],  # noqa: B006
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the base too: the same question to both")] = False,
 ) -> None:
     """Talk to the model, with or without an adapter. An empty line ends it.
 
-    Example: lite-trgrpo chat --preset demo --adapter runs/demo/adapter
+    A line such as `/gold 42` scores the last answer with the preset's rewards against that gold answer.
+    Example: lite-trgrpo chat --preset demo --adapter runs/demo/adapter --compare
     """
     from lite_trgrpo import config as options
 
     resolved = options.load(preset, config, set_, {"model.adapter": adapter})
-    from lite_trgrpo import session
+    if compare and resolved.model.adapter is None:
+        raise typer.BadParameter("--compare needs an adapter to compare with: add --adapter runs/NAME/adapter")
+    from lite_trgrpo import chat as chatting
 
-    session.chat(resolved)
+    chatting.chat(resolved, compare)

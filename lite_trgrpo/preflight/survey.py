@@ -13,7 +13,6 @@ from lite_trgrpo.preflight import rewards, samples, scan
 from lite_trgrpo.records import Group, Sampling
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.training.job import Encoded
-from lite_trgrpo.training.metrics import solved_of
 
 PROMPTS, MEMBERS = 8, 8  # of the sample; a group is no larger than in training
 LOOKING = 3  # stream of random numbers, beside the trainer's and chat's
@@ -78,7 +77,7 @@ def _scanned(
     try:
         with path.open("a", encoding="utf-8") as file:
             for group in _groups(config, policy, left, scorer):
-                file.write(scan.line(group.example, *solved_of(group, config.rewards.solved_at), model))
+                file.write(scan.line(group.example, sum(group.solved(config.rewards.solved_at)), group.graded(), model))
                 file.flush()
                 shown += [group] if len(shown) < PROMPTS else []
     except OSError as error:

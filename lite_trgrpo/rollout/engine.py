@@ -1,7 +1,7 @@
 """Decoding groups: a prompt is read once for all its answers, finished rows leave, waiting ones take their place."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,13 +80,15 @@ class Engine:
         end_ids: frozenset[int],
         slots: int,
         wanted: Sequence[Sequence[int]] | None = None,
+        grown: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """`wanted`: which members of each prompt; all if not given."""
+        """`wanted`: which members of each prompt; all if not given. `grown` is called with each token of an answer."""
         self.decoder, self.prompts, self.sampling, self.end_ids = decoder, prompts, sampling, end_ids
         self.slots, self.max_lines = slots, line_count(slots, len(prompts))
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.cache = GroupCache(slots, self.max_lines, sampling.max_new_tokens, longest)
         self.counts = Counts()
+        self._grown = grown
         self._wanted = [range(sampling.members)] * len(prompts) if wanted is None else wanted
         # prompts of like length at the same time: they are read up to the longest
         asked = [p for p in range(len(prompts)) if self._wanted[p]]
@@ -176,6 +178,7 @@ class Engine:
             answer.ids.append(token)
             answer.logprobs.append(logprob)
             answer.stopped = token in self.end_ids
+            self._grown(answer)
             if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens or self._loops(answer.ids):
                 finished.append(answer)
         if finished:

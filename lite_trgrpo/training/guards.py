@@ -14,6 +14,7 @@ from lite_trgrpo.options import Guards
 SOLVED = 0.9  # share of answers from which on a policy that has stopped varying them is what one wants
 LUCK = 1e-3  # chance below which silence is no luck
 RISE = 1.2  # an answer this much longer than at the start has grown
+NAMES = ("finite", "entropy", "grad_norm", "kl", "truncated", "update_kl", "signal", "length", "held_out")
 
 Line = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """A run at work: what it works with, and how far it is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from lite_trgrpo.memory import Limits
 from lite_trgrpo.options import Config
 from lite_trgrpo.policy import Policy
-from lite_trgrpo.records import Example, Prompt
+from lite_trgrpo.records import Example, Group, Prompt
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training.curriculum import SolveRates
@@ -25,7 +25,8 @@ Metrics = dict[str, Any]
 class Listener:
     """What the person sees; the trainer itself prints nothing."""
 
-    step: Callable[[Metrics], None]
+    step: Callable[[Metrics, Sequence[Group]], None]
+    """A step is done: what is logged of it, and its groups."""
     evaluated: Callable[[Metrics], None]
     warned: Callable[[str], None]
     saved: Callable[[], None]

@@ -1,6 +1,7 @@
 """What is measured of a step, beside the update's own statistics."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,20 @@ def timed(clock: dict[str, float], name: str) -> Iterator[None]:
 
 
 def memory() -> dict[str, float]:
-    """MiB: resident memory of the process now, and the card's peak so far."""
-    found = {"rss_mib": psutil.Process().memory_info().rss / 2**20}
+    """MiB: of the process now and at its peak, and of tensors on the card, where there is one."""
+    process = psutil.Process().memory_info()
+    found = {"rss_mib": process.rss / 2**20, "rss_peak_mib": _peak(process) / 2**20}
     if torch.cuda.is_initialized():
+        found["cuda_mib"] = torch.cuda.memory_allocated() / 2**20
         found["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return found
+
+
+def _peak(process: Any) -> int:
+    """Most resident memory that the process has had (bytes)."""
+    if sys.platform == "win32":
+        return int(process.peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(process.rss, peak if sys.platform == "darwin" else 1024 * peak)

@@ -159,7 +159,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     trouble = recovery.watch(job, metrics) or _hopeless(job, metrics)
     job.run.log_step(metrics, groups, job.policy.pieces)
     job.step += 1
-    job.listener.step(metrics)
+    job.listener.step(metrics, groups)
     if trouble is not None:
         raise Stopped(trouble, 1)
 
@@ -217,8 +217,7 @@ def rollout(
             groups = [tickets[p].result() for p in range(len(chosen))]
         if rates is not None:
             for i, group in zip(numbers, groups, strict=True):
-                graded = sum(not math.isnan(grade) for grade in group.grades())
-                rates.note(i, sum(group.solved(config.rewards.solved_at)), graded)
+                rates.note(i, sum(group.solved(config.rewards.solved_at)), group.graded())
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:

@@ -1,0 +1,119 @@
+"""A conversation on the terminal: answers appear as they are written; a gold answer scores them."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lite_trgrpo import session
+from lite_trgrpo.errors import LiteError
+from lite_trgrpo.options import Config
+from lite_trgrpo.records import Completion, Example, Group, Message, Prompt, Sampling
+from lite_trgrpo.rewards import Scorer
+from lite_trgrpo.rollout.engine import Answer
+from lite_trgrpo.screen import plain, say
+
+if TYPE_CHECKING:
+    from lite_trgrpo.backends.transformers import TransformersPolicy
+
+CHATTING = 2  # stream of random numbers, beside the trainer's
+GOLD = "/gold"
+INCOMPLETE = "\ufffd"  # what a decoder makes of a character whose bytes are not all there yet
+
+
+@dataclass(slots=True)
+class Speaker:
+    """One that is talked to, and the conversation as it knows it."""
+
+    name: str
+    """Printed before its answers; empty where it is alone."""
+    messages: list[Message]
+    base: bool = False
+    """Answers without the adapter."""
+    last: Group | None = field(default=None)
+    """Its last answer, not scored."""
+
+
+def chat(config: Config, compare: bool = False) -> None:
+    """Until an empty line. The model sees the whole conversation at every turn; `compare` asks the base too."""
+    policy = session.policy_of(config)
+    system = [{"role": "system", "content": config.data.system}] if config.data.system else []
+    speakers = [Speaker("adapter" if compare else "", list(system))]
+    if compare:
+        speakers.insert(0, Speaker("base", list(system), base=True))
+    turn = 0
+    with ExitStack() as held:
+        scorer: Scorer | None = None
+        while line := _ask():
+            word, _, gold = line.partition(" ")
+            if word != GOLD:
+                for speaker in speakers:
+                    _answer(policy, config, speaker, line, turn)
+                turn += 1
+                continue
+            if scorer is None:
+                scorer = held.enter_context(session.scoring_of(config))
+            for speaker in speakers:
+                _score(scorer, config.rewards.solved_at, speaker, gold.strip())
+
+
+def _ask() -> str:
+    """A line from the person; nothing more is the end of the conversation."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(policy: "TransformersPolicy", config: Config, speaker: Speaker, question: str, turn: int) -> None:
+    speaker.messages.append({"role": "user", "content": question})
+    sampling = Sampling(
+        1, config.rollout.max_new_tokens, temperature=config.rollout.temperature,
+        key=(config.train.seed, CHATTING, turn), **config.rollout.decoding(),
+    )  # fmt: skip
+    if speaker.name:
+        print(f"{speaker.name}: ", end="")
+    asked = list(speaker.messages)
+    with policy.reference() if speaker.base else nullcontext():
+        prompt = policy.encode(asked)
+        answer = spoken(policy, prompt, sampling, lambda text: print(plain(text), end="", flush=True))
+    print()
+    speaker.messages.append({"role": "assistant", "content": answer.text})
+    speaker.last = Group(Example(asked, {}, "chat"), prompt, (answer,))
+
+
+def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tell: Callable[[str], None]) -> Completion:
+    """Draw one answer; `tell` gets its text piece by piece, each as soon as nothing that follows can change it."""
+    told = ""
+
+    def grown(answer: Answer) -> None:
+        nonlocal told
+        text = policy.decode(answer.ids).rstrip(INCOMPLETE)
+        if text.startswith(told) and text != told:  # else wait: a decoder may think again about a piece of a word
+            tell(text[len(told) :])
+            told = text
+
+    [(_, _, answer)] = policy.sample([prompt], sampling, [[0]], grown)
+    if not answer.text.startswith(told):
+        tell("\n")
+        told = ""
+    tell(answer.text[len(told) :])
+    return answer
+
+
+def _score(scorer: Scorer, solved_at: float, speaker: Speaker, gold: str) -> None:
+    """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
+    if speaker.last is None or not gold:
+        say(f"ask something first, then type {GOLD} and the right answer, e.g. {GOLD} 42")
+        return
+    last = speaker.last
+    example = Example(last.example.prompt, {"answer": gold}, "chat")
+    try:
+        [scored] = scorer.score([Group(example, last.prompt, last.completions)])
+    except LiteError as error:
+        say(f"not scored: {error}")
+        return
+    parts = {name: values[0] for name, values in scored.parts.items()}
+    verdict = "solved" if next(iter(parts.values())) >= solved_at else "not solved"
+    listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+    print(f"{speaker.name + ': ' if speaker.name else ''}reward {scored.rewards[0]:g} ({listed}): {verdict}")
