@@ -161,8 +161,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "chat": ("backends.transformers errors options records rewards rollout.engine screen session", ""),
     "cli.work": ("chat cli.app config resuming screen session training.stopping", "typer"),
     "cli.look": (
-        "check cli.app compare config figures options preflight.proposal preflight.survey preflight.told screen "
-        "session",
+        "check cli.app compare config figures machine options preflight.proposal preflight.survey preflight.told "
+        "screen session",
         "typer",
     ),
     "cli.give": ("cli.app config listing report screen sharing.export sharing.publish store.run", "typer"),

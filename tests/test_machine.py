@@ -142,3 +142,15 @@ def test_code_for_a_card(capability, built, runs):
 def test_the_choice_of_a_backend_says_why():
     assert choose(Model(name="any")) == ("transformers", "unsloth needs a card that torch can use")
     assert choose(Model(name="any", backend="unsloth")) == ("unsloth", "model.backend = unsloth")
+
+
+def test_check_without_options_looks_at_the_machine_alone():
+    done = CliRunner().invoke(app, ["check", "--json"])
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)) == ["machine"]
+
+
+def test_check_looks_at_the_machine_first_and_stops_there_if_nothing_can_run(tiny_config):
+    done = CliRunner().invoke(app, ["check", "-c", str(tiny_config), "-s", "model.backend=unsloth", "--json"])
+    assert done.exit_code == 1 and list(json.loads(done.stdout)) == ["machine"]
+    assert "rewards was not looked at" in done.stderr

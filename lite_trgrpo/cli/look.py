@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 VramOption = Annotated[
     str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
 ]
-SECTIONS = ("memory", "rewards")  # of check, in the order they are looked at
+SECTIONS = ("machine", "memory", "rewards")  # of check, in the order they are looked at
 
 
 @app.command()
 @command
 def check(
     sections: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION]...", help="memory, rewards; both if none is named")
+        list[str] | None, typer.Argument(metavar="[SECTION]...", help="machine, memory, rewards; all if none is named")
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
@@ -37,10 +37,11 @@ def check(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Before a run: will it fit, can it learn? Exit code 1 if not, with what to change.
+    """Before a run: can it run here, will it fit, can it learn? Exit code 1 if not, with what to change.
 
-    memory: by part, before any weight is loaded. rewards: right answers must get full marks, junk less; then a few
-    answers of the base.
+    machine: card, versions, paths taken; all there is to look at without a preset. memory: by part, before any weight
+    is loaded. rewards: right answers must get full marks, junk less; then a few answers of the base.
+    Example: lite-trgrpo check
     Example: lite-trgrpo check --preset math-1.5b --vram 8GB
     Example: lite-trgrpo check rewards --preset demo --scan 500
     """
@@ -50,12 +51,17 @@ def check(
     if unknown := set(sections or ()) - set(SECTIONS):
         raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     only = ("memory",) if vram is not None or fit is not None else ("rewards",) if scan else SECTIONS
-    loaded = options.load(preset, config, set_)
+    nothing = not (preset or config or set_ or sections)
+    loaded = None if nothing and only == SECTIONS else options.load(preset, config, set_)
     results: dict[str, Any] = {}
     fine = True
     for section in sections or only:
         if not fine:
             print(f"{section} was not looked at, for what is wrong already", file=sys.stderr)
+        elif section == "machine":
+            results[section], fine = _check_machine(loaded, as_json)
+        elif loaded is None:
+            break
         elif section == "memory":
             results[section], fine = _check_memory(loaded, size, fit, as_json)
         else:
@@ -75,6 +81,17 @@ def _bytes(vram: str | None) -> int | None:
         raise typer.BadParameter(f"--vram {vram!r} {error}") from None
 
 
+def _check_machine(loaded: "Config | None", quiet: bool) -> tuple[dict[str, Any], bool]:
+    """-> what there is, and whether the options can run on it."""
+    from lite_trgrpo import screen
+    from lite_trgrpo.machine import machine
+
+    result = machine(loaded)
+    if not quiet:
+        screen.show(screen.machine_tables(result))
+    return result, result["able"]
+
+
 def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: bool) -> tuple[dict[str, Any], bool]:
     """-> the plan, and whether it fits or options that do were written."""
     from lite_trgrpo import check as checks
@@ -82,9 +99,12 @@ def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: b
     from lite_trgrpo import screen
 
     result, fitting = checks.memory(loaded, size)
+    result["past"] = checks.past(loaded, Path("runs")) if size is None else None
     if not quiet:
         screen.show(screen.memory_tables(result))
         print(screen.memory_line(result))
+        if result["past"]:
+            print(screen.past_line(result["past"]))
     if fit is not None and fitting is not None:
         fit.write_text(options.to_toml(fitting), encoding="utf-8")
         print(f"options that fit: {fit}; train with: lite-trgrpo train --config {fit}", file=sys.stderr)
