@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
 from lite_trgrpo import config as options
 from lite_trgrpo.backends.choice import choose
+from lite_trgrpo.cli import app
 from lite_trgrpo.machine import _has_kernels, machine
 from lite_trgrpo.options import Model
 from lite_trgrpo.screen import machine_tables, show
