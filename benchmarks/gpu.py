@@ -22,7 +22,7 @@ from measure import PACKAGES, Spent, demo_model, spent
 from lite_trgrpo import config as options
 from lite_trgrpo.backends.loading import load_config
 from lite_trgrpo.backends.transformers import TransformersPolicy, load, tokenizer_of
-from lite_trgrpo.memory import Limits
+from lite_trgrpo.memory import Limits, free
 from lite_trgrpo.options import Config
 from lite_trgrpo.plan import Plan, plan
 from lite_trgrpo.policy import sample_all
@@ -39,7 +39,7 @@ SLACK = 1.05  # buffers inside kernels and the allocator's rounding, which no pl
 
 def random_model(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Path:
     """A Qwen2.5 of random weights with the demo's tokenizer, as an ordinary folder."""
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
     _, template = tokenizer_of(demo_model())
     hidden, inner, layers, heads, shared = shape
@@ -50,7 +50,7 @@ def random_model(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, devic
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2ForCausalLM(shape_config).to(dtype)
+        model = AutoModelForCausalLM.from_config(shape_config, dtype=dtype)
     model.generation_config = GenerationConfig(eos_token_id=template.tokenizer.eos_token_id)
     model.save_pretrained(folder)
     template.tokenizer.save_pretrained(folder)
@@ -143,6 +143,7 @@ def main() -> int:
             print(row, flush=True)
             good &= fits
             del policy
+            free()
     if device == "cuda":
         print(json.dumps({"reserved_mib": torch.cuda.max_memory_reserved() / 2**20}), file=sys.stderr)
     return 0 if good or device == "cpu" else 1
