@@ -14,6 +14,7 @@ from lite_trgrpo import config as options
 from lite_trgrpo import report
 from lite_trgrpo.cli import app
 from lite_trgrpo.report import reading
+from lite_trgrpo.report.charts import Curve, chart
 from lite_trgrpo.store.run import Run
 from tests import browser
 from tests.test_trainer import lines, run_toy
@@ -143,6 +144,12 @@ def test_several_runs_share_their_figures_and_only_differing_options_are_listed(
     for each in (run, Run(other)):
         assert each.folder.name in page.under("b")
         assert f"{each.evaluations()[-1]['pass@1']['value']:.3f} [" in page.text
+
+
+def test_more_runs_than_colours_are_all_drawn():
+    """They were kept by colour, so the ninth took the place of the first."""
+    drawn = chart("Reward", "", [Curve(f"run {i}", [1, 2], [0.0, i]) for i in range(9)])
+    assert drawn.count("<li>") == 9 and drawn.count("var(--c1)") == 2 * drawn.count("var(--c2)") > 0
 
 
 @pytest.mark.parametrize(

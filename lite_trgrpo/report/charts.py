@@ -30,20 +30,21 @@ class Curve:
         return next((value for value in reversed(self.values) if value is not None), None)
 
 
-def chart(title: str, hint: str, curves: Sequence[Curve], *, share: bool = False, legend: bool = True) -> Html:
+def chart(title: str, hint: str, curves: Sequence[Curve], *, share: bool = False) -> Html:
     """A figure with its legend; nothing where nothing was measured. `share`: the scale is 0 to 1."""
-    places = {i % COLOURS + 1: curve for i, curve in enumerate(curves) if curve.last is not None}
+    places = [(i % COLOURS + 1, curve) for i, curve in enumerate(curves) if curve.last is not None]
     if not places:
         return Html()
     keys = [
         tag("li", tag("i", class_=f"c{place}"), curve.name, " ", tag("b", f"{curve.last:.3g}"))
-        for place, curve in places.items()
+        for place, curve in places
     ]
-    shown = [tag("ul", *keys, class_="legend")] if legend else []
-    return tag("figure", tag("h3", title), tag("p", hint), _svg(title, places, share), *shown)
+    return tag(
+        "figure", tag("h3", title), tag("p", hint), _svg(title, places, share), tag("ul", *keys, class_="legend")
+    )
 
 
-def _svg(title: str, curves: dict[int, Curve], share: bool) -> Html:
+def _svg(title: str, curves: Sequence[tuple[int, Curve]], share: bool) -> Html:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -56,7 +57,7 @@ def _svg(title: str, curves: dict[int, Curve], share: bool) -> Html:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE)
         axes = figure.add_axes((0.115, 0.12, 0.87, 0.84))
-        for place, curve in curves.items():
+        for place, curve in curves:
             _draw(axes, curve, f"#0000{0xC0 + place:02x}")
         axes.locator_params(axis="x", integer=True, nbins=6)
         axes.locator_params(axis="y", nbins=5)
