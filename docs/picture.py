@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from lite_trgrpo import screen
@@ -16,14 +17,14 @@ from lite_trgrpo.panel import Panel
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.store.run import Run
 
-WIDTH, HEIGHT, MEMORY = 118, 24, 8 * 2**30  # of the terminal and the machine that are shown
+WIDTH, HEIGHT = 118, 24  # of the terminal that is shown
 
 
 def main(folder: str, picture: str) -> None:
     run = Run.existing(Path(folder))
     options, evaluations, metrics = load(file=run.folder / "config.toml"), run.evaluations(), run.metrics()
     panel = Panel(
-        "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens, MEMORY, metrics, evaluations,
+        "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens, psutil.virtual_memory().total, metrics, evaluations,
         last_groups(run, metrics[-1]["step"]),
     )  # fmt: skip
     worked = [line["clock"][part] for line in metrics for part in ("rollout_s", "reward_s", "update_s")]

@@ -138,16 +138,21 @@ class Panel:
             f" update {shares['update_s']:.0%}  {seconds:.1f} s a step"
             f"  {number(clock['tokens_per_s'], ',.0f')} tokens/s{waited}",
         )  # fmt: skip
-        now, peak = _memory(clock)
-        limit = self.limit / 2**30
-        filled = bar([(now / limit, "█"), ((peak - now) / limit, "░")], max(6, width - 66))
-        yield Text.assemble(
-            _label("memory"), f"{now:>5.2f} GB now ", (filled, "cyan"), f" peak {peak:.2f}, limit {limit:.2f} GB"
-        )
+        yield self._memory(clock, max(6, width - 66))
         measures = [("weight_mean", "mean token weight"), ("entropy_sampled", "entropy"), ("grad_norm", "gradient")]
         measures += [("kl", "KL to base")] if "kl" in last else []
         parts = [f"{name} {number(last.get(key), '.3f')}" for key, name in measures]
         yield Text.assemble(_label("update"), "   ".join(parts))
+
+    def _memory(self, clock: Mapping[str, float], room: int) -> Text:
+        """Of the card where there is one, else of the process. Older runs have not logged both gauges."""
+        kind, limit = "cuda" if "cuda_mib" in clock else "rss", self.limit / 2**30
+        now, peak = clock[f"{kind}_mib"] / 1024, clock.get(f"{kind}_peak_mib", 0.0) / 1024
+        filled = bar([(now / limit, "█"), (max(0.0, peak - now) / limit, "░")], room)
+        known = f" peak {peak:.2f}," if peak else ""
+        return Text.assemble(
+            _label("memory"), f"{now:>5.2f} GB now ", (filled, "cyan"), f"{known} limit {limit:.2f} GB"
+        )
 
     def _lights(self, width: int) -> Iterator[Text]:
         shown = self.history[-1]["guards"]
@@ -243,13 +248,6 @@ def _last(values: Sequence[float | None]) -> float | None:
 
 def _worked(line: Line) -> float:
     return sum(line["clock"][name] for name in WORK)
-
-
-def _memory(clock: Mapping[str, float]) -> tuple[float, float]:
-    """Memory now and at its peak (GB), of the card where there is one. Older runs have not logged both."""
-    kind = "cuda" if "cuda_peak_mib" in clock else "rss"
-    known = [clock[name] for name in (f"{kind}_mib", f"{kind}_peak_mib") if name in clock]
-    return known[0] / 1024, max(known) / 1024
 
 
 def _label(name: str) -> tuple[str, str]:

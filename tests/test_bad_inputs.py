@@ -147,7 +147,7 @@ OPTIONS = [
 def test_an_option(setting, names, tmp_path, monkeypatch):
     from lite_trgrpo import session
 
-    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(GOOD)
     refused(["train", "-o", "run", *settings("x/y", "data.jsonl", setting)], names, Path("run"))
@@ -184,7 +184,7 @@ DATA = {
 def test_data(what, tmp_path, monkeypatch):
     from lite_trgrpo import session
 
-    monkeypatch.setattr(session, "_policy", lambda config: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     monkeypatch.chdir(tmp_path)
     content, names = DATA[what]
     if content is not None:

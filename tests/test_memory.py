@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lite_trgrpo import config as options
-from lite_trgrpo import memory, session
+from lite_trgrpo import memory, screen, session
 from lite_trgrpo.backends import transformers as backend
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.errors import OutOfMemoryError
@@ -239,7 +239,7 @@ def test_a_run_with_little_memory_comes_down_before_step_1_and_ends_alike(tiny_c
         return hidden(self, ids, positions, groups)
 
     monkeypatch.setattr(Network, "hidden", narrow)
-    monkeypatch.setattr(session.talk, "print", lambda text="", **_: said.append(str(text)))
+    monkeypatch.setattr(screen.talk, "print", lambda text="", **_: said.append(str(text)))
     run = session.train(loaded, tmp_path / "run", None, Stop())
     assert any("do not fit in memory; they have at most" in line for line in said)
     assert [line["step"] for line in run.metrics()] == [1, 2]
