@@ -22,7 +22,7 @@ SECTIONS = ("memory", "rewards")  # of check, in the order they are looked at
 @command
 def check(
     sections: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION]...", help="memory, rewards; both if none is named")
+        list[str] | None, typer.Argument(metavar="SECTION", help="memory, rewards; both if none is named")
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
