@@ -99,7 +99,7 @@ class Data(Section):
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are counted, reported and left out (tokens)")
     scan: str | None = Field(
         None,
-        description="A file of `lite-trgrpo check --scan`: training takes only prompts that the base solved there "
+        description="A file of `lite-trgrpo check --scan 500`: training takes only prompts that the base solved there "
         "between 10 % and 90 % of the time",
     )
     seed: int = Field(

@@ -122,6 +122,12 @@ def test_a_few_bad_rows_are_named(tmp_path):
     assert not finding.stops and "'no idea' (" in finding.text and "sums.jsonl:" in finding.text
 
 
+def test_repeated_prompts_are_counted(tmp_path):
+    config, examples, _ = sums(tmp_path, {"number": 1.0}, SUMS * 3)
+    [finding] = rewards.of_data(examples, config).findings
+    assert not finding.stops and "168 rows hold only 56 different prompts" in finding.text
+
+
 def test_the_same_answer_everywhere_is_said(tmp_path):
     config, examples, _ = sums(tmp_path, {"number": 1.0}, [{**row, "answer": "4"} for row in SUMS])
     assert found(rewards.of_data(examples, config)) == [("one answer for all", False)]

@@ -40,7 +40,7 @@ def test_a_prompt_is_known_by_what_the_model_is_asked():
 @pytest.mark.parametrize(
     ("source", "file"),
     [("my.jsonl", "my.scan.jsonl"), ("data/x.csv", "data/x.scan.jsonl"), ("openai/gsm8k", "openai-gsm8k.scan.jsonl"),
-     ("builtin:addition", "builtin-addition.scan.jsonl")],
+     ("org/set-v1.0", "org-set-v1-0.scan.jsonl"), ("builtin:addition", "builtin-addition.scan.jsonl")],
 )  # fmt: skip
 def test_where_it_is_kept(source, file):
     assert scan.default_file(source).as_posix() == file
@@ -88,6 +88,7 @@ def test_check_scans_goes_on_and_training_follows(guessing, tmp_path):
     file = tmp_path / "data.scan.jsonl"
     call("check", "--config", guessing, "--scan", 3)
     first = file.read_text()
+    file.write_text(first + '{"prompt": "0')  # as if it had been killed in the middle of a line
     result = json.loads(call("check", "--config", guessing, "--scan", 50, "--json").stdout)["rewards"]["scan"]
     assert file.read_text().startswith(first) and len(first.splitlines()) == 3
     rows = rows_of(file)

@@ -22,7 +22,7 @@ SECTIONS = ("machine", "memory", "rewards")  # of check, in the order they are l
 @command
 def check(
     sections: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION]...", help="machine, memory, rewards; all if none is named")
+        list[str] | None, typer.Argument(metavar="SECTION", help="machine, memory, rewards; all if none is named")
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,

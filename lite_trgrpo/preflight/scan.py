@@ -24,7 +24,7 @@ def key(example: Example) -> str:
 def default_file(source: str) -> Path:
     """Beside a data file; for other sources in this folder."""
     path = Path(source)
-    if path.suffix:
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
         return path.with_suffix(".scan.jsonl")
     return Path("".join(c if c.isalnum() else "-" for c in source) + ".scan.jsonl")
 
@@ -36,7 +36,7 @@ def read(path: Path, model: str | None = None) -> Rates:
             f"no scan {path} (from {Path.cwd()}); make one with: lite-trgrpo check --scan 500 and the options"
         )
     found: Rates = {}
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+    for number, text in enumerate(whole(path).splitlines(), 1):
         try:
             row = json.loads(text)
             prompt, counts, by = str(row["prompt"]), (int(row["solved"]), int(row["tried"])), row["model"]
@@ -46,6 +46,12 @@ def read(path: Path, model: str | None = None) -> Rates:
             raise DataError(f"{path} was made with {by}, not {model}; give another --scan-file, or delete it")
         found[prompt] = counts
     return found
+
+
+def whole(path: Path) -> bytes:
+    """Without the half line of a scan that was killed while it wrote."""
+    found = path.read_bytes()
+    return found[: found.rfind(b"\n") + 1]
 
 
 def line(example: Example, solved: int, tried: int, model: str) -> str:

@@ -75,9 +75,12 @@ def _scanned(
     left = [pair for pair in _some(config, training, count) if scan.key(pair[0]) not in known]
     shown: list[Group] = []
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(len(scan.whole(path)))
+            file.seek(0, 2)
             for group in _groups(config, policy, left, scorer):
-                file.write(scan.line(group.example, sum(group.solved(config.rewards.solved_at)), group.graded(), model))
+                solved, tried = sum(group.solved(config.rewards.solved_at)), group.graded()
+                file.write(scan.line(group.example, solved, tried, model).encode())
                 file.flush()
                 shown += [group] if len(shown) < PROMPTS else []
     except OSError as error:
