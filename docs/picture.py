@@ -17,15 +17,15 @@ from lite_trgrpo.panel import Panel
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.store.run import Run
 
-WIDTH, HEIGHT = 118, 24  # of the terminal that is shown
+WIDTH, HEIGHT = 124, 24  # of the terminal that is shown
 
 
 def main(folder: str, picture: str) -> None:
     run = Run.existing(Path(folder))
     options, evaluations, metrics = load(file=run.folder / "config.toml"), run.evaluations(), run.metrics()
     panel = Panel(
-        "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens, psutil.virtual_memory().total, metrics, evaluations,
-        last_groups(run, metrics[-1]["step"]),
+        "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens,
+        psutil.virtual_memory().total, metrics, evaluations, last_groups(run, metrics[-1]["step"]),
     )  # fmt: skip
     worked = [line["clock"][part] for line in metrics for part in ("rollout_s", "reward_s", "update_s")]
     panel.started -= sum(worked) + sum(line["clock"]["eval_s"] for line in evaluations)
