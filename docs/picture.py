@@ -17,7 +17,7 @@ from lite_trgrpo.panel import Panel
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.store.run import Run
 
-WIDTH, HEIGHT = 118, 24  # of the terminal that is shown
+WIDTH, HEIGHT = 124, 24  # of the terminal that is shown
 
 
 def main(folder: str, picture: str) -> None:
