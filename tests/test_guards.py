@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lite_trgrpo.config import load
 from lite_trgrpo.options import Guards
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards
@@ -32,12 +33,12 @@ def lit(changes: list[dict], evaluations=(), **options) -> dict[str, str]:
 
 @pytest.mark.parametrize("seed", DEMOS)
 def test_healthy_demo_runs_raise_no_alarm_at_any_step(seed):
-    # recorded before there was an entropy over all answers; that of the answers in the update stands for it
-    history = [{**line, "entropy_sampled": line.get("entropy"), "guards": {}} for line in DEMOS[seed]["metrics"]]
+    history = [{**line, "guards": {}} for line in DEMOS[seed]["metrics"]]
+    options = load("demo").guards
     for done in range(1, len(history) + 1):
         evaluations = [line for line in DEMOS[seed]["evaluations"] if line["step"] < done]
-        assert guards.lights(history[:done], evaluations, Guards(), 4, 16) == [], done
-    assert guards.lights(history, DEMOS[seed]["evaluations"], Guards(), 4, 16) == []
+        assert guards.lights(history[:done], evaluations, options, 4, 16) == [], done
+    assert guards.lights(history, DEMOS[seed]["evaluations"], options, 4, 16) == []
 
 
 @pytest.mark.parametrize(
