@@ -169,7 +169,7 @@ def test_the_panel_of_a_resumed_run_knows_what_was_before(tmp_path):
     run = Run.vacant(tmp_path / "run")
     run.create()
     for step in (1, 2, 3):
-        run.log_step(line(step), [])
+        run.log_step(line(step), [], list)
     run.log_eval(scored(0))
     found = session._panel(load("demo"), run, 2, GB)
     assert [one["step"] for one in found.history] == [1, 2] and len(found.evaluations) == 1

@@ -169,9 +169,9 @@ def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tin
         "rollout.max_new_tokens=1024",
     ]
     config = options.load(file=tiny_config, overrides=many)
-    caches = [check.memory(config, size * 10**9)[0]["parts"]["cache"] for size in (8, 12, 24)]
+    caches = [check.memory(config, size * 10**9)[0]["parts"]["cache"] for size in (2, 3, 4)]
     assert caches[0] < caches[1] < caches[2]
-    for cache, size in zip(caches, (8, 12, 24), strict=True):
+    for cache, size in zip(caches, (2, 3, 4), strict=True):
         free = size * 10**9 - check.DESKTOP - check.CARD_OVERHEAD
         assert 0.25 * free < cache <= free / 3
 
@@ -182,7 +182,7 @@ def written(folder, config, steps):
     run.describe(config, {})
     clock = {"rollout_s": 6.0, "reward_s": 0.5, "update_s": 3.5, "rss_mib": 700.0}
     for step in range(steps):
-        run.log_step({"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock}, [])
+        run.log_step({"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock}, [], list)
     run.log_eval({"step": 0, "clock": {"eval_s": 30.0}})
 
 
