@@ -153,6 +153,7 @@ def test_saved_adapter_is_plain_peft(folders, tmp_path):
     policy.save_adapter(tmp_path / "adapter")
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == "Someone/Base-1B"
+    assert described["target_modules"] == sorted(described["target_modules"]), "a set's order differs between processes"
     other = PeftModel.from_pretrained(tiny_model("qwen2"), tmp_path / "adapter")
     ids = torch.tensor([policy.encode("2 + 2").ids])
     with torch.no_grad():

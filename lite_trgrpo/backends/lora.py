@@ -43,6 +43,8 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
     prepare(model)
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
+    if isinstance(adapter.target_modules, set):  # whose order is another in every process: the saved file would differ
+        adapter.target_modules = sorted(adapter.target_modules)
     head = model.get_base_model().get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise ModelError("model.lora_targets names the output head, which must stay frozen; take it out of the list")
