@@ -20,7 +20,7 @@ class TokenStatistics:
             self.values.setdefault(name, []).append(value.detach()[mask].to("cpu", torch.float64))
 
     def report(self, low: float, high: float) -> dict[str, float | list[float]]:
-        """Names as in metrics.jsonl (README). Nothing where no token was in the loss."""
+        """Names as in metrics.jsonl (docs/metrics.md). Nothing where no token was in the loss."""
         tokens = {name: torch.cat(parts) for name, parts in self.values.items()}
         if not tokens or not len(tokens["prob"]):
             return {}

@@ -80,7 +80,7 @@ def update(
     limits: Limits,
     max_grad_norm: float,
 ) -> dict[str, float | list[float]]:
-    """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: README).
+    """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: docs/metrics.md).
 
     Where memory runs out, `limits.tokens` is halved and the optimizer step computed anew. Raises OutOfMemoryError when
     a single row does not fit.
