@@ -41,6 +41,7 @@ def ours(policy: TransformersPolicy, prompts: list[str]) -> Run:
 def generate(policy: TransformersPolicy, prompts: list[str]) -> Run:
     """One call, as a person would write it: left-padded prompts, `num_return_sequences`."""
     tokenizer = policy.template.tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def run() -> tuple[int, Spent]:
         texts = [policy.encode(prompt).text for prompt in prompts]
