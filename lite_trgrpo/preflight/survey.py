@@ -22,8 +22,8 @@ def look(config: Config, scanned: int = 0, file: Path | None = None) -> dict[str
     """Try everything that decides whether a run can learn.
 
     scanned, file: also measure how often the base solves so many training prompts, and keep that.
-    -> {"data", "rewards", "samples": a report's facts and findings each, "heldout": rows,
-    "prompt": the first as the model reads it, "scan": `scan.summary`'s, "seconds", "works"}; what comes after a report that is broken is missing.
+    -> {"data", "rewards", "samples": a report's facts and findings each, "heldout": rows, "prompt": the first as the
+    model reads it, "scan": `scan.summary`'s, "seconds", "works"}; what comes after a report that is broken is missing.
     """
     started = time.perf_counter()
     config = config.model_copy(update={"data": config.data.model_copy(update={"scan": None})} if scanned else {})
