@@ -54,7 +54,7 @@ def chat(config: Config, compare: bool = False) -> None:
             if scorer is None:
                 scorer = held.enter_context(session.scoring_of(config))
             for speaker in speakers:
-                _score(scorer, config.rewards.solved_at, speaker, gold.strip())
+                _score(scorer, config, speaker, gold.strip())
 
 
 def _ask() -> str:
@@ -101,19 +101,20 @@ def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tel
     return answer
 
 
-def _score(scorer: Scorer, solved_at: float, speaker: Speaker, gold: str) -> None:
+def _score(scorer: Scorer, config: Config, speaker: Speaker, gold: str) -> None:
     """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
     if speaker.last is None or not gold:
         say(f"ask something first, then type {GOLD} and the right answer, e.g. {GOLD} 42")
         return
     last = speaker.last
-    example = Example(last.example.prompt, {"answer": gold}, "chat")
+    columns = {name: gold for name in ("answer", config.data.answer) if name}  # a reward may ask for either
+    example = Example(last.example.prompt, columns, "chat")
     try:
         [scored] = scorer.score([Group(example, last.prompt, last.completions)])
     except LiteError as error:
         say(f"not scored: {error}")
         return
     parts = {name: values[0] for name, values in scored.parts.items()}
-    verdict = "solved" if next(iter(parts.values())) >= solved_at else "not solved"
+    verdict = "solved" if next(iter(parts.values())) >= config.rewards.solved_at else "not solved"
     listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
     print(f"{speaker.name + ': ' if speaker.name else ''}reward {scored.rewards[0]:g} ({listed}): {verdict}")

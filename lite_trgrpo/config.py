@@ -86,7 +86,9 @@ def read_toml(path: Path) -> Settings:
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}. Give an existing .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        data = path.suffix in (".jsonl", ".csv", ".parquet")
+        hint = f". For a config around this data type: lite-trgrpo init {path}" if data else ""
+        raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
     return raw
 
 

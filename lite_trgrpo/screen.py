@@ -186,7 +186,7 @@ def memory_line(plan: Mapping[str, Any]) -> str:
 def past_line(before: Mapping[str, Any]) -> str:
     """`check.past`'s result in a sentence."""
     hours = before["hours"]
-    whole = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
+    whole = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} min"
     return (
         f"as {before['run']} went: about {before['step_s']:.1f} s a step, {whole} in all; that run took "
         f"{before['peak'] / 2**30:.1f} GB at its peak"

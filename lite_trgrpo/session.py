@@ -129,6 +129,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
         if too_long:
             say(f"{too_long} prompts are longer than data.max_prompt_tokens and were left out")
+        sampled = f" and {config.eval.samples} sampled" if config.eval.samples else ""
+        say(f"{config.model.adapter or 'the base'}: {len(encoded)} held-out rows, one greedy{sampled} answers each")
         return evaluation.evaluate(
             policy, encoded, scoring, trainer.eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,

@@ -301,6 +301,9 @@ def test_what_cannot_work_is_refused_with_the_way_out(folders, tmp_path):
     pickled = shutil.copytree(qwen, tmp_path / "pickled")
     torch.save({}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
     cases = [
         ({"name": "no/such/folder"}, "is not a folder here"),
         ({"name": str(tmp_path)}, "no config.json"),
@@ -312,6 +315,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(folders, tmp_path):
         ({"name": str(folders["llama"]), "lora_targets": ["q_proj", "lm_head"]}, "must stay frozen"),
         ({"name": str(qwen), "prompt_format": "no place"}, "does not contain {prompt}"),
         ({"name": str(qwen), "adapter": str(tmp_path)}, "is no LoRA adapter"),
+        ({"name": str(qwen), "adapter": str(run)}, f"of this run give {run / 'adapter'}"),
     ]
     if not torch.cuda.is_available():
         cases.append(({"name": str(qwen), "device": "cuda"}, "--set model.device=cpu"))

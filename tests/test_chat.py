@@ -121,6 +121,23 @@ def test_a_gold_answer_scores_the_last_answer(chat):
     assert value in (0, 1, 2) and scored[0].endswith(": solved" if value >= 1 else ": not solved")
 
 
+def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(capsys, tmp_path):
+    from lite_trgrpo import chat, session
+    from lite_trgrpo.config import load
+    from lite_trgrpo.records import Example, Group
+
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def same(completions, res, **columns):\n    return [float(c == r) for c, r in zip(completions, res)]\n"
+    )
+    config = load("demo", overrides=["data.answer=res", f"rewards.functions={{'{file}:same' = 1.0}}"])
+    answer = Completion((5,), (True,), (0.0,), "17", True)
+    speaker = chat.Speaker("", [], last=Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,)))
+    with session.scoring_of(config) as scorer:
+        chat._score(scorer, config, speaker, "17")
+    assert capsys.readouterr().out.endswith(": solved\n")
+
+
 @pytest.mark.parametrize(("gold", "verdict"), [("17", "solved"), ("18", "not solved")])
 def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
     from lite_trgrpo import chat, session
@@ -130,5 +147,5 @@ def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
     answer = Completion((5,), (True,), (0.0,), "9 + 8 = 17", True)
     speaker = chat.Speaker("adapter", [], last=Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,)))
     with session.scoring_of(load("demo")) as scorer:
-        chat._score(scorer, 1.0, speaker, gold)
+        chat._score(scorer, load("demo"), speaker, gold)
     assert capsys.readouterr().out == f"adapter: reward {int(gold == '17')} (number {int(gold == '17')}): {verdict}\n"

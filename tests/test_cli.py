@@ -110,6 +110,7 @@ def test_without_arguments_the_help_is_shown():
         (["train", "--bogus"], "No such option: --bogus"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),
         (["train", "demo"], "'demo' stands alone: type --preset demo, or --resume demo to go on with a run"),
+        (["train", __file__], "is a file: type lite-trgrpo init"),
         (["train", "--preset", "demo", "--max-hours", "0"], "--max-hours 0 must be above 0"),
         (["presets", "show"], "Missing argument"),
     ],
@@ -344,7 +345,7 @@ def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(sess
 def test_resuming_a_folder_that_is_no_run_says_where_to_look(tmp_path, name):
     result = call("train", "--resume", str(tmp_path / name))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "holds no run" in result.stderr and "ls runs" in result.stderr
+    assert "holds no run" in result.stderr and "lite-trgrpo report" in result.stderr
 
 
 def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_is_loaded(monkeypatch, run_folder):

@@ -268,6 +268,12 @@ def test_a_file_that_is_not_utf8_is_no_traceback(tmp_path):
         options.load("demo", tmp_path / "own.toml")
 
 
+def test_data_in_the_place_of_a_config_leads_to_init(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"q": 1}\n')
+    with pytest.raises(ConfigError, match=r"lite-trgrpo init .*own\.jsonl"):
+        options.load("demo", tmp_path / "own.jsonl")
+
+
 @pytest.mark.parametrize("name", ["missing.toml", "."])
 def test_a_file_that_cannot_be_read_says_so(tmp_path, name):
     with pytest.raises(ConfigError, match=r"cannot read config .*\. Give an existing \.toml file"):

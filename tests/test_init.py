@@ -71,6 +71,7 @@ ASKED = {"prompt": "Which?", "answer": "x"}
         ([{"prompt": "How much?", "answer": 3.5}], ("prompt", "answer"), "number"),
         ([{"prompt": "How much?", "answer": "$1,234.50"}], ("prompt", "answer"), "number"),
         ([{"prompt": "Which letter?", "answer": "B"}], ("prompt", "answer"), "exact"),
+        ([{"prompt": "Sort c, a, b.", "answer": "a b c"}], ("prompt", "answer"), "exact"),
         ([{"prompt": "When?", "answer": "5 May"}], ("prompt", "answer"), "exact"),
         ([{"messages": [{"role": "user", "content": "2 + 2?"}], "label": "4"}], ("messages", "label"), "number"),
     ],

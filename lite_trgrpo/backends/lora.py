@@ -27,7 +27,8 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
             folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / file).is_file():
-                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}")
+                hint = f"; of this run give {folder / 'adapter'}" if (folder / "adapter" / file).is_file() else ""
+                raise ModelError(f"{folder} is no LoRA adapter: it has no {file}{hint}")
         try:
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         except Exception as error:  # as above

@@ -39,8 +39,9 @@ def check(
 ) -> None:
     """Before a run: can it run here, will it fit, can it learn? Exit code 1 if not, with what to change.
 
-    machine: card, versions, paths taken; all there is to look at without a preset. memory: by part, before any weight
-    is loaded. rewards: right answers must get full marks, junk less; then a few answers of the base.
+    machine: card, versions, paths taken; all there is without a preset.
+    memory: by part, before any weight is loaded.
+    rewards: right answers must get full marks, junk less; then a few answers of the base.
     Example: lite-trgrpo check
     Example: lite-trgrpo check --preset math-1.5b --vram 8GB
     Example: lite-trgrpo check rewards --preset demo --scan 500

@@ -64,6 +64,8 @@ def train(
         resolved, changed = options.resumed(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
+    elif run and run.is_file():
+        raise typer.BadParameter(f"'{run}' is a file: type lite-trgrpo init {run}, or --config {run} for options")
     elif run:
         raise typer.BadParameter(f"'{run}' stands alone: type --preset {run}, or --resume {run} to go on with a run")
     else:

@@ -1,5 +1,6 @@
 """`lite-trgrpo init`: from a data file to a config: which columns, which reward, how long, which base."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ SYSTEMS = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
     "exact": "Answer with nothing but the answer itself.",
 }
-_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|^[A-Za-z]$")  # a choice of letters is no algebra either
+_WORDS = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]{2,}|^[A-Za-z](?:[ ,]+[A-Za-z])*$"
+)  # letters are no algebra: there "b a" would be "a b"
 _NUMBER = re.compile(r"[-+\u2212]?\s?[$€£]?\d[\d,]*(?:\.\d+)?\s?[%€£]?")
 
 
@@ -155,6 +158,7 @@ def _reward(answers: Sequence[Any]) -> tuple[str, str]:
 
 
 def _verified(finals: Sequence[str]) -> bool:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no deadline: init is no run
     boxed = [gold.written(gold.BOXED, final) for final in finals]
     return all(value == 1 for value in BUILTINS["math"]([], boxed, [], answer=finals))
 

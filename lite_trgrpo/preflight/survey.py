@@ -22,14 +22,15 @@ def look(config: Config, scanned: int = 0, file: Path | None = None) -> dict[str
     """Try everything that decides whether a run can learn.
 
     scanned, file: also measure how often the base solves so many training prompts, and keep that.
-    -> {"data", "rewards", "samples": a report's facts and findings each, "prompt": the first as the model reads it,
-    "scan": `scan.summary`'s, "seconds", "works"}; what comes after a report that is broken is missing.
+    -> {"data", "rewards", "samples": a report's facts and findings each, "heldout": rows, "prompt": the first as the
+    model reads it, "scan": `scan.summary`'s, "seconds", "works"}; what comes after a report that is broken is missing.
     """
     started = time.perf_counter()
     config = config.model_copy(update={"data": config.data.model_copy(update={"scan": None})} if scanned else {})
     found: dict[str, Any] = {}
     with session.scoring_of(config) as scoring:
-        examples, _ = data.load(config.data, config.eval.rows)
+        examples, heldout = data.load(config.data, config.eval.rows)
+        found["heldout"] = len(heldout)
         reports = {"data": rewards.of_data(examples, config), "rewards": rewards.of_rewards(examples, scoring, config)}
         if not any(report.broken for report in reports.values()):
             config, policy, training = session.ready(config, examples)

@@ -11,7 +11,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "prompt" in result:
         yield f"the first prompt as the model reads it:\n{result['prompt']}"
     data, rewards, samples = result["data"], result["rewards"], result.get("samples")
-    yield f"data     {data['rows']} training rows, {data['prompts']} different prompts"
+    yield f"data     {data['rows']} training rows, {data['prompts']} different prompts; {result['heldout']} held out"
     if rewards["rows"]:
         yield f"gold     {rewards['accepted']} of {rewards['rows']} accepted, written as {rewards['gold']!r:.60}"
         junk = [f"{kind} {_number(fact['reward'])}" for kind, fact in rewards["junk"].items()]

@@ -39,7 +39,9 @@ class Run:
     @classmethod
     def existing(cls, folder: Path) -> "Run":
         if not (folder / "config.toml").is_file():
-            raise RunError(f"{folder} holds no run (no config.toml); look for one with: ls runs")
+            inside = (folder.parent / "config.toml").is_file() and (folder.parent / "run.json").is_file()
+            way = f"give {folder.parent}, the run it lies in" if inside else "look for one with: lite-trgrpo report"
+            raise RunError(f"{folder} holds no run (no config.toml); {way}")
         return cls(folder)
 
     def create(self) -> None:
