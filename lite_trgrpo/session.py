@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lite_trgrpo import __version__, check, data, display, memory, report, rewards, screen, trackers
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo.backends import choice
+from lite_trgrpo.config import load
 from lite_trgrpo.display import Show
-from lite_trgrpo.errors import RunError, first_line
+from lite_trgrpo.errors import LiteError, RunError, first_line
 from lite_trgrpo.options import Config, memory_bytes
 from lite_trgrpo.panel import Panel
 from lite_trgrpo.preflight import rewards as preflight
@@ -124,6 +125,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Held-out scores of the configured model: `evaluate.evaluate`'s result."""
     with scoring_of(config) as scoring:
         heldout = _heldout(config)
+        _warn_of_trained_rows(config)
         policy = policy_of(config)
         config = _with_cache(config, policy)
         encoded, too_long = trainer.encode(policy, heldout, config.data.max_prompt_tokens)
@@ -135,6 +137,23 @@ def evaluate(config: Config) -> dict[str, Any]:
             policy, encoded, scoring, trainer.eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,
         )  # fmt: skip
+
+
+def _warn_of_trained_rows(config: Config) -> None:
+    """Where other rows are held out than in the adapter's own run, some of them are rows that it was trained on."""
+    file = Path(config.model.adapter or "").expanduser().parent / "config.toml"
+    if config.model.adapter is None or config.data.eval_source or config.data.eval_split or not file.is_file():
+        return
+    try:
+        run = load(file=file)
+    except LiteError:  # of another version
+        return
+    there, here = (run.data.seed, run.eval.rows), (config.data.seed, config.eval.rows)
+    if run.data.source == config.data.source and there != here:
+        say(
+            f"warning: its run held out {there[1]} rows with data.seed {there[0]}, here {here[1]} with {here[0]}: "
+            f"some of these rows it has trained on. For rows it has not seen: --config {file}"
+        )
 
 
 def kl_to_base(config: Config, prompts: int = 64) -> float:

@@ -121,7 +121,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "trackers": ("errors screen", "torch trackio wandb"),
     "resuming": ("errors screen store.checkpoint store.run", ""),
     "session": (
-        "__init__ backends.choice backends.loading backends.transformers check data diagnose display errors "
+        "__init__ backends.choice backends.loading backends.transformers check config data diagnose display errors "
         "evaluate memory options panel preflight.rewards records report resuming rewards screen store.lock "
         "store.run trackers training.job training.stopping training.trainer training.update",
         "",

@@ -119,6 +119,13 @@ def test_eval_scores_base_and_adapter(run, tiny_config):
     assert "pass@1" in call("eval", "--config", tiny_config).stdout
 
 
+def test_scoring_rows_that_the_run_was_trained_on_is_said(run, tiny_config):
+    """With another eval.rows other rows are held out, so most of them were in training."""
+    scored = ("eval", "--config", tiny_config, "--adapter", run[0] / "adapter", "--set")
+    assert "some of these rows it has trained on" in call(*scored, "eval.rows=5").stderr
+    assert "trained on" not in call(*scored, "eval.rows=4").stderr
+
+
 def test_chat_answers_until_an_empty_line(run, tiny_config):
     folder, _ = run
     out = call(
