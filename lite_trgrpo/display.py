@@ -27,6 +27,7 @@ def introduce(config: Config, device: torch.device, weights: int, prompts: Line,
     say(
         f"{config.model.name} on {device}, {weights:,} trainable weights; {prompts['training']} prompts, "
         f"{prompts['heldout']} held out, {prompts['too_long']} too long and left out\nrun folder {folder}\n"
+        "held-out rows are scored before the first step, which takes a while, and after the last\n"
         "the first prompt as the model reads it:"
     )
     talk.print(screen.plain(first.text), style="dim", markup=False)
