@@ -127,11 +127,12 @@ def test_an_answer_is_shown_token_by_token_with_probability_and_weight(run):
 
 
 def test_lights_and_roll_backs_are_told_with_what_to_do(run):
-    special = {7: LIGHT, 8: LIGHT, 9: {"rolled_back_to": 5}}
+    thrown = {"guards": {"update_kl": "red"}, "update_kl": 9.0, "rolled_back_to": 5}  # its light is on the same line
+    special = {7: LIGHT, 8: LIGHT, 9: thrown}
     change(run.folder / "metrics.jsonl", lambda line: line | special.get(line["step"], {}))
     page = Page(report.write(run))
     assert page.text.count("nearly every answer is cut off") == 1  # at step 7, when it came on
-    assert "to the adapter of step 5" in page.text
+    assert "to the adapter of step 5" in page.text and "one update moved the policy" in page.text
 
 
 def test_several_runs_share_their_figures_and_only_differing_options_are_listed(run, tmp_path):

@@ -112,7 +112,8 @@ def events(story: Story) -> Iterator[tuple[int, str, str, str]]:
         now = line.get("guards", {})
         fresh = {name: colour for name, colour in now.items() if before.get(name) not in (colour, "red")}
         scored = [evaluation for evaluation in story.evaluations if evaluation["step"] <= i]
-        lights = guards.lights(story.metrics[: i + 1], scored, limits, prompts, cap) if fresh else []
+        then = {key: value for key, value in line.items() if key != "rolled_back_to"}  # that came of the lights
+        lights = guards.lights([*story.metrics[:i], then], scored, limits, prompts, cap) if fresh else []
         advice = {light.name: light.advice for light in lights}
         yield from ((line["step"], name, colour, advice.get(name, "")) for name, colour in fresh.items())
         if "rolled_back_to" in line:
