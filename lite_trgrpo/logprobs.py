@@ -84,8 +84,6 @@ class Head:
     Logits rounded to bf16 alone would move log-probabilities by 0.02 (nats), as much as all other rounding together.
     """
 
-    BLOCK = 4096  # rows of the weight converted at a time, so that no fp32 copy of it exists
-
     def __init__(self, layer: nn.Linear, soft_cap: float | None) -> None:
         self.layer, self.soft_cap = layer, soft_cap
 
@@ -97,6 +95,11 @@ class Head:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
+def _rows_at_once(weight: Tensor) -> int:
+    """Rows of the head converted at a time, so that no fp32 copy of it exists; on a CPU few enough to stay in cache."""
+    return 1024 if weight.device.type == "cpu" else 4096
+
+
 class _Fp32Product(torch.autograd.Function):
     """hidden [N, H], weight [V, H] in 16 bits -> [N, V] in fp32. Backward converts the blocks again, keeping none."""
 
@@ -104,12 +107,16 @@ class _Fp32Product(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.weight, ctx.dtype = weight, hidden.dtype
         hidden = hidden.float()
-        return torch.cat([hidden @ block.float().t() for block in weight.split(Head.BLOCK)], -1)
+        rows = _rows_at_once(weight)
+        logits = hidden.new_empty(len(hidden), len(weight))
+        for block, part in zip(weight.split(rows), logits.split(rows, -1), strict=True):
+            torch.mm(hidden, block.float().t(), out=part)
+        return logits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = gradients[0].split(Head.BLOCK, -1)
-        blocks = ctx.weight.split(Head.BLOCK)
+        rows = _rows_at_once(ctx.weight)
+        parts, blocks = gradients[0].split(rows, -1), ctx.weight.split(rows)
         total = parts[0] @ blocks[0].float()
         for part, block in zip(parts[1:], blocks[1:], strict=True):
             total.addmm_(part, block.float())

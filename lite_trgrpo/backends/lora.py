@@ -15,6 +15,8 @@ from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.options import Model
 
+FEW = 64  # rows
+
 
 def with_lora(base: Any, options: Model, located: Located) -> Any:
     from peft import PeftModel
@@ -93,11 +95,16 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
     """x [..., in] -> [..., out], in the type of x; the adapter's fp32 weights are rounded to it, as autocast would.
 
     PEFT's multiplies and adds at the layer's full width, and beside a bf16 base it keeps an fp32 copy of the input of
-    each layer for backward. In fp16 gradients could underflow: there PEFT's product stays.
+    each layer for backward. In fp16 gradients could underflow: there PEFT's product stays. For the few rows of a
+    decoding step the weights stay in fp32: rounding them costs more than it saves.
     """
     if layer.disable_adapters or layer.merged or x.dtype == torch.float16:
         return original(x, *args, **options)
     flat = x.flatten(0, -2)
     out: Tensor = layer.base_layer(flat)
-    a, b = (part["default"].weight.to(out.dtype) for part in (layer.lora_A, layer.lora_B))
-    return out.addmm_(flat @ a.t(), b.t(), alpha=layer.scaling["default"]).unflatten(0, x.shape[:-1])
+    a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    if x.dtype == torch.bfloat16 and len(flat) <= FEW and not torch.is_grad_enabled():
+        out.add_(flat.float() @ a.t() @ b.t(), alpha=scaling)
+    else:
+        out.addmm_(flat @ a.to(out.dtype).t(), b.to(out.dtype).t(), alpha=scaling)
+    return out.unflatten(0, x.shape[:-1])
