@@ -4,8 +4,8 @@
 
 First a random Qwen2 of 4 layers: tokens an answer, then words in the vocabulary. `planned` comes from plan.py, which
 has seen no data; `tensors` is the most bytes of tensors alive at once in a real update, weights not counted (MiB).
-Then whole steps of SmolLM2-135M, each in a process of its own: peak resident memory while it samples and learns, beside
-the plan and what the libraries took before the model was loaded.
+Then whole steps of SmolLM2-135M, each in a process of its own, beside what `lite-trgrpo check` says: the tensors alive
+at once, and the peak of resident memory, in which the libraries are.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import torch
 from measure import groups_of, policy_for, questions, run_update, spent, where
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lite_trgrpo import check
 from lite_trgrpo import config as options
-from lite_trgrpo.backends.loading import load_config
 from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
+from lite_trgrpo.backends.transformers import template_at_hand
 from lite_trgrpo.plan import LiveBytes, plan
 from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Sampling
@@ -83,25 +84,44 @@ def grown(tokens: int, vocabulary: int) -> None:
 
 def one(name: str) -> None:
     """A whole step: every answer of full length, as the plan assumes."""
-    config = options.load("demo", named={"train.prompts_per_step": 2, **SETTINGS[name]})
-    shape, prompts = load_config(config.model), questions(2, False)
-    before = psutil.Process().memory_info().rss
+    prompts = questions(2, False)
+    template = template_at_hand(options.load("demo").model)
+    longest = max(len(template.encode(prompt).ids) for prompt in prompts)
+    settings = {"train.prompts_per_step": 2, "data.max_prompt_tokens": longest, **SETTINGS[name]}
+    config = options.load("demo", named=settings)
+    planned, _ = check.memory(config, None)
     policy = policy_for(
         gradient_checkpointing=config.train.gradient_checkpointing,
         **{key: getattr(config.model, key) for key in ("dtype", "quantization")},
     )
     policy.end_ids = frozenset()
     encoded = [policy.encode(prompt) for prompt in prompts]
-    planned = plan(config, shape, policy.dtype, max(len(prompt.ids) for prompt in encoded)).peak + before
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     tokens, members = config.rollout.max_new_tokens, config.rollout.group_size
     held = psutil.Process().memory_info().rss
+
+    def step(number: int) -> None:
+        answers = sample_all(policy, encoded, Sampling(members, tokens, key=(number,)))
+        run_update(policy, optimizer, groups_of(encoded, answers), tokens, config.train.micro_batch_tokens)
+
     with spent() as used:
-        for step in range(2):  # Adam's state is there from the second step on
-            answers = sample_all(policy, encoded, Sampling(members, tokens, key=(step,)))
-            run_update(policy, optimizer, groups_of(encoded, answers), tokens, config.train.micro_batch_tokens)
-    peak = held + used.mib * MIB
-    print(f"{name:46} plan {planned / MIB:6.0f} MiB  measured {peak / MIB:6.0f} MiB  {planned / peak - 1:+.0%}")
+        step(0)
+        step(1)  # Adam's state is there from now on
+    resident = held + used.mib * MIB
+    with LiveBytes() as memory:
+        for tensor in (*policy.model.parameters(), *policy.model.buffers(), *states(optimizer)):
+            memory.add(tensor)
+        step(2)
+    tensors = planned["peak"] - planned["parts"]["overhead"]
+    print(
+        f"{name:46} tensors: plan {tensors / MIB:6.0f} MiB, measured {memory.peak / MIB:6.0f}, "
+        f"{tensors / memory.peak - 1:+.0%}   resident: plan {planned['peak'] / MIB:6.0f} MiB, measured "
+        f"{resident / MIB:6.0f}, {planned['peak'] / resident - 1:+.0%}"
+    )
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def main() -> None:

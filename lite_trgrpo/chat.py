@@ -103,10 +103,10 @@ def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tel
 
 def _score(scorer: Scorer, config: Config, speaker: Speaker, gold: str) -> None:
     """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
-    if speaker.last is None or not gold:
-        say(f"ask something first, then type {GOLD} and the right answer, e.g. {GOLD} 42")
-        return
     last = speaker.last
+    if last is None or not gold:
+        say(f"{'ask something first, then ' if last is None else ''}type {GOLD} and the right answer, e.g. {GOLD} 42")
+        return
     columns = {name: gold for name in ("answer", config.data.answer) if name}  # a reward may ask for either
     example = Example(last.example.prompt, columns, "chat")
     try:

@@ -29,8 +29,8 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
     assumed = config.model.dtype == "auto" and vram is not None
     dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
     shape, longest = load_config(config.model), config.data.max_prompt_tokens
-    overhead, available = _room(device, vram)
     given, found = config, plan(config, shape, dtype, longest)
+    overhead, available = _room(device, vram)  # after the plan, for which the libraries of the run have been loaded
     if device.type == "cuda" and config.rollout.cache_mib is None:
         config = _with_cache(config, found, available - overhead)
         found = plan(config, shape, dtype, longest)
@@ -53,7 +53,7 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
 def _with_cache(config: Config, found: Plan, room: int) -> Config:
     """What a run takes by itself: a third of what is free once the model is loaded."""
     mib = max(1, (room - found.weights) // 3 // 2**20)
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"cache_mib": mib})})
+    return config.changed("rollout", cache_mib=mib)
 
 
 def past(config: Config, runs: Path) -> dict[str, Any] | None:

@@ -37,8 +37,7 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
             if found is None:  # nothing worth keeping yet
                 shutil.rmtree(run.folder, ignore_errors=True)
             session.train(config, run.folder, run.folder if found else None, Stop())
-        trained = config.model.model_copy(update={"adapter": str(run.adapter)})
-        kl = session.kl_to_base(config.model_copy(update={"model": trained}))
+        kl = session.kl_to_base(config.changed("model", adapter=str(run.adapter)))
         (run.folder / "kl.json").write_text(json.dumps({"kl_to_base": kl}), encoding="utf-8")
     names = list(dict.fromkeys(name for name, _ in arms))
     runs = {name: [Run(folder / f"{n}-s{seed}") for n, seed in arms if n == name] for name in names}
@@ -68,9 +67,7 @@ def _check(arms: Arms, folder: Path) -> None:
 
 def _unpinned(config: Config) -> Config:
     """Without what a run resolves at its start: the commit of the model's branch, the memory of the cache."""
-    model = config.model.model_copy(update={"revision": None})
-    rollout = config.rollout.model_copy(update={"cache_mib": None})
-    return config.model_copy(update={"model": model, "rollout": rollout})
+    return config.changed("model", revision=None).changed("rollout", cache_mib=None)
 
 
 def _summary(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:

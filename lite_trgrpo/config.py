@@ -97,7 +97,10 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        raise ConfigError(f"--set {text!r} is not section.key=value, e.g. --set train.learning_rate=2e-5")
+        known = [f"{part}.{name}" for part, model in SECTIONS.items() for name in model.model_fields]
+        meant = [full for full in known if full.rpartition(".")[2] == section] if equals else []
+        example = f"{meant[0]}={value}" if meant else "train.learning_rate=2e-5"
+        raise ConfigError(f"--set {text!r} is not section.key=value, e.g. --set {example}")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -173,11 +176,18 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         allowed = list(SECTIONS) if len(place) == 1 else list(SECTIONS[place[0]].model_fields)
         kind = "section" if len(place) == 1 else "option"
+        table, dot, entry = place[-1].partition(".")
+        if dot and table in ("functions", "options", "template_options"):
+            whole = f"{place[0]}.{table}={{ {entry} = {json.dumps(item['input'], default=str)} }}"
+            return f"'{name}': a table is set as a whole: --set '{whole}'"
         return f"unknown {kind} '{name}'.{nearest(place[-1], allowed)} Allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         if len(place) == 1:  # model and data are the two sections that a run cannot do without
             key = "name" if name == "model" else "source"
-            return f"{name}.{key} is not set. Type --preset NAME, or --set {name}.{key}=..."
+            return (
+                f"{name}.{key} is not set. Type --preset NAME (`lite-trgrpo presets list`), or --config FILE "
+                f"(`lite-trgrpo init my.jsonl` writes one), or --set {name}.{key}=..."
+            )
         return f"{name} is not set. Type --set {name}=..."
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

@@ -77,7 +77,7 @@ def _order(count: int, seed: str) -> list[int]:
 
 def examples(data: Data, source: str, split: str) -> list[Example]:
     """All rows of a source as examples, or one DataError that names the rows that cannot be used."""
-    found, problems = [], []
+    found, problems, kinds = [], [], set()
     for origin, row in rows(data, source, split):
         try:
             if isinstance(row, DataError):
@@ -85,7 +85,10 @@ def examples(data: Data, source: str, split: str) -> list[Example]:
             found.append(_example(row, origin, data))
         except DataError as error:
             problems.append(str(error))
+            kinds.add(str(error).removeprefix(origin))
     if problems:
+        if len(kinds) == 1 and len(problems) > 1 and not found:
+            raise DataError(f"{problems[0]} (the same in all {len(problems)} rows)")
         more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DataError("\n".join(problems[:SHOWN]) + more)
     if not found:

@@ -57,6 +57,9 @@ def watched(
         if metrics["step"] == 1 and (rollout.top_p < 1 or rollout.top_k > 0):
             say(_gap_warning(rollout, metrics))
 
+    def doing(what: str) -> None:
+        panel.doing = what
+
     def evaluated(line: dict[str, Any]) -> None:
         panel.evaluated(line)
         log(line)
@@ -70,7 +73,7 @@ def watched(
         say(text)
 
     with panels.live(panel) if drawn else nullcontext():
-        yield Listener(stepped, evaluated, warned, saved)
+        yield Listener(stepped, doing, evaluated, warned, saved)
 
 
 def _out(line: Line) -> None:

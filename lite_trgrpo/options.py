@@ -37,8 +37,8 @@ class Model(Section):
         "auto", description="auto: unsloth where a card and its package are there, else transformers"
     )
     adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
-    quantization: Literal["none", "nf4"] = Field(
-        "none", description="nf4: 4-bit base weights with double quantisation (bitsandbytes); none: 16 or 32 bits"
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="nf4: 4-bit base weights, double quantisation; int8: 8-bit (bitsandbytes); none: 16 or 32"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -54,6 +54,7 @@ class Model(Section):
     )
     lora_dropout: float = Field(0.0, description="Must be 0: dropout makes the ratio differ from 1 before any update")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
+    dora: bool = Field(False, description="DoRA: the length of each row of the weights is learned too; slower")
     trust_remote_code: bool = Field(False, description="Run Python code that a model repository brings. Dangerous")
     prompt_format: str | None = Field(
         None, description='For bases without a chat template, e.g. "Question: {prompt}\\nAnswer:"; {system} may appear'
@@ -182,8 +183,8 @@ class Rollout(Section):
         description="Memory for keys and values while sampling (MiB): as many of max_rows as fit. Unset: 2048 on CPU, "
         "a third of what is free on the card; a run keeps what was resolved at its start",
     )
-    engine: Literal["groups", "generate"] = Field(
-        "groups", description="groups: ours; generate: transformers' own, slow, as a reference"
+    engine: Literal["groups", "generate", "vllm"] = Field(
+        "groups", description="groups: ours; generate: transformers' own, as a reference; vllm: unsloth's, on a card"
     )
 
     @field_validator("group_size")
@@ -282,9 +283,7 @@ class Train(Section):
     prefer_half: bool = Field(
         False, description="Of four prompts take the one whose remembered solve rate is nearest to 50 %; new ones first"
     )
-    preflight: bool = Field(
-        True, description="Refuse to start, or to go on after the first step, where nothing can be learned"
-    )
+    preflight: bool = Field(True, description="Refuse to start, or to go on after step 1, where nothing can be learned")
     track: Literal["tensorboard", "wandb", "trackio"] | None = Field(
         None, description="Send the metrics there too; its package must be installed"
     )
@@ -305,9 +304,7 @@ class Eval(Section):
     rows: int = Field(200, ge=0, description="Held-out rows; at most half of a source that has no split of its own")
     samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
-    stop_loops: bool = Field(
-        False, description="Cut off answers that repeat themselves; they count as cut off by the cap"
-    )
+    stop_loops: bool = Field(False, description="Cut off answers that repeat themselves; they count as truncated")
 
 
 class Guards(Section):
@@ -316,8 +313,7 @@ class Guards(Section):
     rollbacks: int = Field(
         0,
         ge=0,
-        description="How often a red light takes the run back to its last good checkpoint, at half the learning rate; "
-        "then it ends. 0: lights only",
+        description="Red lights that go back to the last good checkpoint, at half the rate; one more ends",
     )
     window: int = Field(5, ge=2, description="Steps in a row that turn a yellow light red")
     entropy: float = Field(
@@ -344,6 +340,10 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     guards: Guards = Guards()
+
+    def changed(self, section: str, **values: Any) -> "Config":
+        """The same run with other values in one section; they are not validated again."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
 
 
 KINDS = (Model, Data, Rewards, Rollout, Objective, Train, Eval, Guards)

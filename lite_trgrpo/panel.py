@@ -45,6 +45,8 @@ class Panel:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     groups: Sequence[Group] = ()
     """Those of the last step."""
+    doing: str = "loading"
+    """What the run is busy with."""
     said: tuple[int, str] | None = None
     """The last warning, and the number of steps done when it came."""
     started: float = field(default_factory=time.monotonic)
@@ -85,11 +87,13 @@ class Panel:
 
     def _progress(self, width: int) -> Text:
         done = self.history[-1]["step"] if self.history else 0
-        left = f" step {done}/{self.steps} "
+        left, busy = f" step {done}/{self.steps} ", f"{self.doing} "
         right = f" {duration(time.monotonic() - self.started)} so far, {duration(self.seconds_left())} left"
-        room = max(0, width - len(left) - len(right))
+        room = max(0, width - len(left) - len(busy) - len(right))
         filled = round(room * done / self.steps)
-        return Text.assemble((left, "bold"), ("━" * filled, "green"), ("─" * (room - filled), "dim"), right)
+        return Text.assemble(
+            (left, "bold"), (busy, "cyan"), ("━" * filled, "green"), ("─" * (room - filled), "dim"), right
+        )
 
     def _scores(self, width: int, rows: int) -> Iterator[Text]:
         room = max(8, width - 46)

@@ -29,9 +29,8 @@ from lite_trgrpo.rollout.engine import READ_AT_ONCE, line_count, slot_count
 from lite_trgrpo.rollout.sampling import draw
 from lite_trgrpo.training.packing import by_prompt
 
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # of a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 scales
+# of a weight; nf4: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 scales; int8: a scale a row besides
+BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 STATE_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0, "paged-adamw-8bit": 0.0}  # of Adam for a weight, on the device
 
 
@@ -167,8 +166,7 @@ def fitting(
         else:
             return None
         section, key, value = change
-        changed = getattr(config, section).model_copy(update={key: value})
-        config = config.model_copy(update={section: changed})
+        config = config.changed(section, **{key: value})
         changes = [line for line in changes if not line.startswith(f"{section}.{key} ")]
         changes.append(f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else value}")
     return config, changes
@@ -237,12 +235,13 @@ def _teach(network: Network, config: Config, prompt_tokens: int) -> None:
 
 
 def _bytes(name: str, parameter: nn.Parameter, config: Config) -> float:
-    quantised = config.model.quantization == "nf4" and ".base_layer." in name and parameter.ndim == 2
-    return parameter.numel() * (NF4_BYTES if quantised else parameter.dtype.itemsize)
+    quantised = ".base_layer." in name and parameter.ndim == 2
+    size = BYTES.get(config.model.quantization) if quantised else None
+    return parameter.numel() * (size or parameter.dtype.itemsize)
 
 
 def _largest_quantised(model: nn.Module, config: Config) -> int:
-    """A 4-bit layer is unpacked while it is used: its weight in the compute type."""
-    if config.model.quantization != "nf4":
+    """A quantised layer is unpacked while it is used: its weight in the compute type."""
+    if config.model.quantization == "none":
         return 0
     return max(p.nbytes for name, p in model.named_parameters() if ".base_layer." in name)

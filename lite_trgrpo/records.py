@@ -104,8 +104,8 @@ class Sampling:
     """At most this many completions are decoded side by side."""
     cache_bytes: int = 2**31
     """Memory for keys and values; decides how many of `max_rows` fit."""
-    engine: Literal["groups", "generate"] = "groups"
-    """Ours, or transformers' own as a reference."""
+    engine: Literal["groups", "generate", "vllm"] = "groups"
+    """Ours, transformers' own as a reference, or unsloth's vLLM."""
     stop_loops: bool = False
     """Cut an answer off that repeats itself: see `rollout.engine.looping`."""
     key: tuple[int, ...] = (0,)

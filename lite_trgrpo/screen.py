@@ -103,9 +103,10 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int
     yield answers
 
 
-def score_table(result: Mapping[str, Any]) -> Table:
-    """One evaluation as a table."""
-    table = Table(title=f"held-out score, {len(result['rows'])} rows (95 % interval)", title_justify="left")
+def score_table(result: Mapping[str, Any], model: str) -> Table:
+    """One evaluation as a table. model: what was scored."""
+    title = f"held-out score of {model}, {len(result['rows'])} rows (95 % interval)"
+    table = Table(title=title, title_justify="left")
     table.add_column("measure")
     table.add_column("value")
     for name, value in result.items():

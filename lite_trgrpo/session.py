@@ -51,7 +51,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         choice.settle(config.model)
         if resume is None:
             if config.train.preflight:
-                for line in preflight.before_training(examples, scoring, config):
+                for line in preflight.before_training(examples, len(heldout_examples), scoring, config):
                     say(line)
             planned, _ = check.memory(config, None)
             say(f"memory: {screen.memory_line(planned)}")
@@ -60,7 +60,9 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         policy = policy_of(config)
         training, too_long = trainer.encode(policy, examples, config.data.max_prompt_tokens)
         heldout, heldout_too_long = trainer.encode(policy, heldout_examples, config.data.max_prompt_tokens)
-        config = _pinned(_with_cache(config, policy), policy.located.revision)
+        config = _with_cache(config, policy)
+        if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
+            config = config.changed("model", revision=policy.located.revision)
         facts = _facts(policy, training, heldout, too_long + heldout_too_long)
         if resume is None:
             run.create()
@@ -99,13 +101,6 @@ def _panel(config: Config, run: Run, done: int | None, limit: int) -> Panel:
 def _limit(config: Config, policy: "TransformersPolicy") -> int:
     """Memory that the run may take, of the card or of the machine (bytes)."""
     return memory_bytes(config.train.memory) if config.train.memory else memory.total(policy.device)
-
-
-def _pinned(config: Config, revision: str | None) -> Config:
-    """A resumed run must find the same weights, whatever the branch is then."""
-    if not revision:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
 def _report(run: Run) -> None:
@@ -171,7 +166,7 @@ def diagnose(config: Config, prompts: int) -> dict[str, Any]:
     """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
     from lite_trgrpo import diagnose as diagnosis
 
-    config = config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
+    config = config.changed("train", prompts_per_step=prompts)
     with scoring_of(config) as scoring:
         examples, _ = data.load(config.data, config.eval.rows)
         config, policy, training = ready(config, examples)
@@ -225,7 +220,7 @@ def policy_of(config: Config) -> "TransformersPolicy":
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     return choice.load(
         config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing,
-        longest=longest,
+        longest=longest, vllm=config.rollout.engine == "vllm",
     )  # fmt: skip
 
 
@@ -233,8 +228,7 @@ def _with_cache(config: Config, policy: "TransformersPolicy") -> Config:
     """`rollout.cache_mib` resolved: a run keeps it, so that a resumed one decodes in the same batches."""
     if config.rollout.cache_mib is not None:
         return config
-    rollout = config.rollout.model_copy(update={"cache_mib": policy.cache_mib()})
-    return config.model_copy(update={"rollout": rollout})
+    return config.changed("rollout", cache_mib=policy.cache_mib())
 
 
 def _facts(policy: "TransformersPolicy", training: Encoded, heldout: Encoded, too_long: int) -> dict[str, Any]:

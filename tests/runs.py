@@ -7,7 +7,7 @@ import torch
 
 from lite_trgrpo import config as options
 from lite_trgrpo.options import Config
-from lite_trgrpo.sharing.probe import answer, on
+from lite_trgrpo.sharing.probe import answer
 from lite_trgrpo.store.run import Run
 from tests.tiny import tiny_model_folder
 
@@ -30,8 +30,9 @@ def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> t
     run.create()
     policy = transformers.load(config.model, seed=0)
     torch.manual_seed(1)
-    for parameter in policy.trainable().values():
-        parameter.data.normal_(std=0.1)
+    for name, parameter in policy.trainable().items():
+        noise = 0.1 * torch.randn_like(parameter)
+        parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
     policy.save_adapter(run.adapter)
     facts = {
         "base": BASE, "revision": None, "device": "cpu", "end_ids": [1, 2], "versions": {"torch": "2"},
@@ -39,7 +40,7 @@ def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> t
     }  # fmt: skip
     run.describe(config, facts)
     for step, adapter in ((0, None), (2, str(run.adapter))):
-        run.log_eval(_evaluation(step, on(config, adapter=adapter)))
+        run.log_eval(_evaluation(step, config.changed("model", adapter=adapter)))
     for step in (1, 2):
         run.log_step({"step": step, "reward_mean": 0.1 * step, "solved": 0.2 * step}, [], list)
     return run, config

@@ -55,7 +55,7 @@ def plain_logprobs(policy, prompt_ids, ids, temperature):
     return logprobs.gather(-1, torch.tensor(ids).unsqueeze(-1)).squeeze(-1), entropy
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampler_and_scorer_agree_with_the_plain_model(folders, kind, quantization):
     policy = policy_of(folders[kind], quantization=quantization)
@@ -93,6 +93,33 @@ def lora_gradient(policy, rows):
 
 def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def test_dora_learns_lengths_too(folders):
+    policy = policy_of(folders["qwen2"], dora=True)
+    prompts, groups = sampled(policy)
+    lora_gradient(policy, [(p.ids, c.ids) for p, group in zip(prompts, groups, strict=True) for c in group])
+    lengths = {name: p for name, p in policy.trainable().items() if "lora_magnitude_vector" in name}
+    assert len(lengths) == 14 and all(p.grad.any() for p in lengths.values())
+
+
+def test_int8_gradients_survive_sampling(folders):
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear8bitLt
+
+    quantised, plain = policy_of(folders["qwen2"], quantization="int8"), policy_of(folders["qwen2"])
+    modules, layers = dict(plain.model.named_modules()), 0
+    for name, module in quantised.model.named_modules():
+        if isinstance(module, Linear8bitLt):
+            rounded = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+            assert 0 < relative_error(rounded, modules[name].weight) < 0.02
+            with torch.no_grad():
+                modules[name].weight.copy_(rounded)
+            layers += 1
+    assert layers == 14
+    prompts, groups = sampled(quantised)
+    rows = [(p.ids, c.ids) for p, group in zip(prompts, groups, strict=True) for c in group]
+    assert relative_error(lora_gradient(quantised, rows), lora_gradient(plain, rows)) < 1e-4
 
 
 def test_nf4_gradients_survive_sampling(folders):

@@ -114,11 +114,16 @@ def test_base_and_adapter_answer_as_they_do_alone_turn_after_turn(chat):
 def test_a_gold_answer_scores_the_last_answer(chat):
     """The tiny config's reward is the sum of the ids modulo 3, solved from 1 on."""
     result = chat("/gold 4\n2 + 2\n/gold 4\n\n")
-    assert "ask something first" in result.stderr
+    assert result.stderr.count("ask something first, then type /gold and the right answer") == 1
     scored = [one for one in result.stdout.splitlines() if one.startswith(("reward", "> reward"))]
     assert len(scored) == 1
     value = float(scored[0].removeprefix("> ").split()[1])
     assert value in (0, 1, 2) and scored[0].endswith(": solved" if value >= 1 else ": not solved")
+
+
+def test_gold_without_an_answer_asks_for_one(chat):
+    said = chat("2 + 2\n/gold\n\n").stderr.splitlines()
+    assert "type /gold and the right answer, e.g. /gold 42" in said
 
 
 def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(capsys, tmp_path):

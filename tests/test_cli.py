@@ -124,11 +124,19 @@ def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "model.name is not set. Type --preset NAME, or --set model.name=..."),
+        (["train"], "model.name is not set. Type --preset NAME (`lite-trgrpo presets list`), or --config FILE"),
         (["train", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
         (["train", "--preset", "demo", "--steps", "0"], "train.steps = 0: input should be greater than or equal to 1"),
         (["train", "--preset", "demo", "--set", "train.step=3"], "unknown option 'train.step'. Did you mean 'steps'?"),
         (["train", "--preset", "demo", "--set", "steps"], "--set 'steps' is not section.key=value"),
+        (
+            ["train", "--preset", "demo", "--set", "steps=3"],
+            "--set 'steps=3' is not section.key=value, e.g. --set train.steps=3",
+        ),
+        (
+            ["train", "--preset", "demo", "--set", "rewards.functions.number=1"],
+            "'rewards.functions.number': a table is set as a whole: --set 'rewards.functions={ number = 1 }'",
+        ),
         (["train", "--config", "no.toml"], "cannot read config no.toml: No such file or directory"),
         (["eval", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
         (["chat", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),

@@ -125,7 +125,7 @@ def test_numbers_and_booleans_arrive_in_the_type_of_the_option(override, value):
     assert (got, type(got)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["train.steps", "steps=3", "=3", ".steps=3", "train.=3", ""])
+@pytest.mark.parametrize("text", ["train.steps", "step=3", "=3", ".steps=3", "train.=3", ""])
 def test_an_override_in_another_form_says_how_it_is_written(text):
     with pytest.raises(ConfigError, match=r"--set .* is not section\.key=value, e\.g\. --set train\.learning_rate="):
         options.parse_override(text)
@@ -160,7 +160,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_that_are_allowed(o
         ("train.learning_rate=0", r"train\.learning_rate = 0: input should be greater than 0"),
         ("train.learning_rate=fast", r'train\.learning_rate = "fast": input should be a valid number'),
         ("train.schedule=cosin", r"""train\.schedule = "cosin": input should be 'constant', 'linear' or 'cosine'"""),
-        ("model.quantization=int8", r"""model\.quantization = "int8": input should be 'none' or 'nf4'"""),
+        ("model.quantization=int7", r"""model\.quantization = "int7": input should be 'none', 'nf4' or 'int8'"""),
         ("rollout.top_p=0", r"rollout\.top_p = 0: input should be greater than 0"),
         ("rollout.top_p=1.1", r"rollout\.top_p = 1\.1: input should be less than or equal to 1"),
         ("objective.clip_low=1", r"objective\.clip_low = 1: input should be less than 1"),
@@ -234,15 +234,20 @@ def test_all_problems_are_reported_at_once_one_a_line(toml):
     assert len(lines) == 6
 
 
+UNSET = (
+    "is not set. Type --preset NAME (`lite-trgrpo presets list`), or --config FILE (`lite-trgrpo init my.jsonl` writes "
+    "one), or --set"
+)
+
+
 @pytest.mark.parametrize(
     ("given", "lines"),
     [
-        ([], ["model.name is not set. Type --preset NAME, or --set model.name=...",
-              "data.source is not set. Type --preset NAME, or --set data.source=..."]),
-        (["model.name=toy"], ["data.source is not set. Type --preset NAME, or --set data.source=..."]),
+        ([], [f"model.name {UNSET} model.name=...", f"data.source {UNSET} data.source=..."]),
+        (["model.name=toy"], [f"data.source {UNSET} data.source=..."]),
         (["model.name=toy", "data.split=test"], ["data.source is not set. Type --set data.source=..."]),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_default_says_what_to_type(given, lines):
     with pytest.raises(ConfigError) as caught:
         options.load(overrides=given)

@@ -168,6 +168,11 @@ def test_several_bad_rows_are_named_at_once(file, bad, named, more):
     assert lines[named:] == ([] if more is None else [f"... and {more} more"])
 
 
+def test_what_is_wrong_with_every_row_is_said_once(file):
+    [line] = refusal(file("t.jsonl", [{"question": "?", "answer": 1}] * 7)).splitlines()
+    assert line.startswith("t.jsonl:1: no column 'prompt'") and line.endswith("(the same in all 7 rows)")
+
+
 def test_broken_lines_are_among_the_rows_named_at_once(file):
     """A person mends a file in one go, whatever is wrong with its lines."""
     lines = refusal(file("t.jsonl", '{"prompt": "", "answer": 1}\n{broken\n[1]\n{"prompt": 1, "answer": 1}\n'))

@@ -45,6 +45,10 @@ def definitions(source: str, names: set[str]) -> str:
     return ast.unparse(body)
 
 
+READ = [f"unsloth/models/{name}.py" for name in ("loader", "llama", "__init__", "_utils")]
+READ.append("unsloth_zoo/vllm_utils.py")
+
+
 @pytest.fixture(scope="module")
 def unsloth(tmp_path_factory):
     """-> unsloth's source by file name, and what its two packages ask of others."""
@@ -52,7 +56,7 @@ def unsloth(tmp_path_factory):
     for name in ("unsloth>=2026.10", "unsloth_zoo>=2026.10"):
         with wheel(name, tmp_path_factory.mktemp("unsloth")) as file:
             for path in file.namelist():
-                if path in ("unsloth/models/loader.py", "unsloth/models/llama.py", "unsloth/models/__init__.py"):
+                if path in READ:
                     source[Path(path).name] = ast.parse(file.read(path))
                 if path.endswith(".dist-info/METADATA"):
                     lines = file.read(path).decode().split("\n\n")[0].splitlines()
@@ -88,6 +92,23 @@ def test_unsloth_takes_every_argument_that_we_give(unsloth):
         names = [argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)]
         assert {keyword.arg for keyword in call.keywords} <= set(names), ast.unparse(call)
         assert len(call.args) <= len(arguments.args)
+
+
+def test_its_vllm_is_reached_as_we_reach_it(unsloth):
+    """vLLM's own `generate`, and the live adapter as tensors; unsloth starts it with the log-probabilities of what was
+    drawn from.
+    """
+    functions = {
+        node.name: node
+        for file in ("vllm_utils.py", "_utils.py")
+        for node in ast.walk(unsloth[0][file])
+        if isinstance(node, ast.FunctionDef)
+    }
+    patched = ast.unparse(functions["patch_peft_fast_inference"])
+    assert "model.fast_generate = " in patched and "model.load_lora = functools.partial(load_lora, model)" in patched
+    assert "model.fast_generate = model.vllm_engine.generate" in ast.unparse(unsloth[0]["llama.py"])
+    assert [a.arg for a in functions["load_lora"].args.args][:3] == ["model", "save_directory", "load_tensors"]
+    assert "logprobs_mode='processed_logprobs' if training" in ast.unparse(functions["load_vllm"])
 
 
 def test_unsloth_exports_what_we_import(unsloth):

@@ -1,6 +1,7 @@
 """Held-out scores: the intervals by hand, and what pass@1 and pass@k count."""
 
 import math
+import random
 from fractions import Fraction
 
 import pytest
@@ -57,24 +58,39 @@ def test_wilson_does_not_depend_on_the_order():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "mean", "half"),
+    ("before", "after", "mean", "interval"),
     [
-        # differences 1, 0, 0, 0: mean 1/4, variance ((3/4)^2 + 3 (1/4)^2) / 3 = 1/4, half = z sqrt(1/16) = z / 4
-        ([0, 0, 1, 1], [1, 0, 1, 1], 0.25, Z / 4),
-        # -1, 0, 0, 0: the mirror
-        ([1, 0, 1, 1], [0, 0, 1, 1], -0.25, Z / 4),
-        # 1, -1: mean 0, variance 2, half = z sqrt(2 / 2)
-        ([0, 1], [1, 0], 0.0, Z),
-        # equal differences: no spread
-        ([1, 0, 1], [1, 0, 1], 0.0, 0.0),
-        ([0, 0, 0], [1, 1, 1], 1.0, 0.0),
-        ([0], [1], 1.0, 0.0),
+        # one won of 4; with half a pair in each cell 1.5 won, 0.5 lost of 6
+        ([0, 0, 1, 1], [1, 0, 1, 1], 0.25, (1 / 6, Z * math.sqrt(2 - 1 / 6) / 6)),
+        # the mirror
+        ([1, 0, 1, 1], [0, 0, 1, 1], -0.25, (-1 / 6, Z * math.sqrt(2 - 1 / 6) / 6)),
+        # one won, one lost of 2: 1.5 each of 4
+        ([0, 1], [1, 0], 0.0, (0.0, Z * math.sqrt(3) / 4)),
+        # nothing won or lost of 3: half a pair each of 5, not certainty
+        ([1, 0, 1], [1, 0, 1], 0.0, (0.0, Z / 5)),
     ],
 )
-def test_the_paired_gain_by_hand(before, after, mean, half):
+def test_the_paired_gain_by_hand(before, after, mean, interval):
     gain = paired_gain([bool(b) for b in before], [bool(a) for a in after])
+    middle, half = interval
     assert gain["value"] == mean
-    assert (gain["low"], gain["high"]) == pytest.approx((mean - half, mean + half), rel=1e-12, abs=1e-15)
+    assert (gain["low"], gain["high"]) == pytest.approx((middle - half, middle + half), rel=1e-12, abs=1e-15)
+
+
+def test_a_gain_stays_within_what_a_difference_of_shares_can_be():
+    gain = paired_gain([False], [True])
+    assert gain["value"] == gain["high"] == 1.0 and -1.0 <= gain["low"] < 0.5
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.05, 0.0), (0.1, 0.1), (0.3, 0.02)])
+def test_its_interval_holds_the_truth_95_times_in_100_with_few_rows(won, lost):
+    """Twenty rows, where the normal interval without the half pairs is often [0, 0]."""
+    numbers, held = random.Random(0), 0
+    for _ in range(2000):
+        draws = [numbers.random() for _ in range(20)]
+        gain = paired_gain([won <= u < won + lost for u in draws], [u < won for u in draws])
+        held += gain["low"] <= won - lost <= gain["high"]
+    assert held / 2000 > 0.93
 
 
 def test_pairing_is_narrower_than_two_shares_apart():

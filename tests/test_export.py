@@ -16,7 +16,7 @@ from lite_trgrpo.backends.weights import locate
 from lite_trgrpo.errors import ExportError, MissingPackageError
 from lite_trgrpo.options import Model
 from lite_trgrpo.sharing import export, llamacpp, merge
-from lite_trgrpo.sharing.probe import ask, on
+from lite_trgrpo.sharing.probe import ask
 from lite_trgrpo.store.run import Run
 from tests.runs import BASE, finished_run
 from tests.tiny import tiny_model_folder
@@ -50,12 +50,14 @@ def written(original, tmp_path):
 # -- merging ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "rslora"), [("qwen2", False), ("llama", True)])  # tied and untied head
-def test_merged_weights_are_those_of_peft(tmp_path, kind, rslora):
+@pytest.mark.parametrize(
+    ("kind", "options"), [("qwen2", {}), ("llama", {"rslora": True}), ("llama", {"dora": True})]
+)  # tied and untied head
+def test_merged_weights_are_those_of_peft(tmp_path, kind, options):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run, config = finished_run(tmp_path, kind, rows=2, rslora=rslora)
+    run, config = finished_run(tmp_path, kind, rows=2, **options)
     base = AutoModelForCausalLM.from_pretrained(config.model.name)
     expected = PeftModel.from_pretrained(base, str(run.adapter)).merge_and_unload().state_dict()
     merge.merge(Path(config.model.name), merge.read_adapter(run.adapter), tmp_path / "merged")
@@ -107,14 +109,19 @@ def test_the_tokenizer_travels_and_pickles_do_not(original, tmp_path):
     assert "pytorch_model.bin" not in names
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("use_dora", True), ("modules_to_save", ["lm_head"]), ("alpha_pattern", {"q_proj": 8})]
-)
+@pytest.mark.parametrize(("setting", "value"), [("modules_to_save", ["lm_head"]), ("alpha_pattern", {"q_proj": 8})])
 def test_what_is_more_than_plain_lora_is_not_merged_as_if_it_were(original, setting, value):
     run, _ = original
     adapter = merge.read_adapter(run.adapter)
     with pytest.raises(ExportError, match=f"only plain LoRA .* {setting} = "):
         merge.Adapter(adapter.settings | {setting: value}, adapter.tensors).pairs()
+
+
+def test_dora_without_its_lengths_is_not_merged(original):
+    run, _ = original
+    adapter = merge.read_adapter(run.adapter)
+    with pytest.raises(ExportError, match=r"has .*lora_magnitude_vector"):
+        merge.Adapter(adapter.settings | {"use_dora": True}, adapter.tensors).pairs()
 
 
 def test_an_adapter_of_another_base_is_not_merged(original, tmp_path):
@@ -321,7 +328,7 @@ def test_a_merge_on_another_base_loses_the_gain(written, tmp_path_factory):
     merge.merge(other, merge.read_adapter(folder), folder / "merged")
     solved = {False: [False] * 8, True: [True] * 8}
     trained = [row["ids"] for row in run.evaluations()[-1]["rows"]]
-    merged = ask(on(config, name=str(folder / "merged"), adapter=None), "the merged model", tokens=trained)
+    merged = ask(config.changed("model", name=str(folder / "merged"), adapter=None), "the merged model", tokens=trained)
     assert sum(a == b for a, b in zip(merged.ids, trained, strict=True)) < 4
     report = {"trained": {"gain": export.paired_gain(solved[False], solved[True])}, "forms": {}}
     report["forms"]["merged"] = {"gain": export.paired_gain(solved[False], merged.solved)}

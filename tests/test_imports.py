@@ -72,7 +72,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "errors options policy records rollout.engine",
         "torch transformers",
     ),
-    "backends.unsloth": ("backends.loading backends.transformers errors options policy records", "torch unsloth"),
+    "backends.unsloth": (
+        "backends.loading backends.transformers errors options policy records rollout.engine rollout.sampling",
+        "numpy torch unsloth vllm",
+    ),
     "backends.choice": ("backends.transformers backends.unsloth errors options", "torch"),
     "training": ("", ""),
     "training.weighting": ("objective options", "torch"),
@@ -174,7 +177,7 @@ LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasonin
 LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "llama_cpp"}
 SUBCLASSES = {"integrations.trl"}  # is imported by those alone who use that library
 # libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
-COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python"}
+COMES_WITH = {"pyarrow": "datasets", "llama_cpp": "llama_cpp_python", "vllm": "unsloth"}  # the last asked for by hand
 
 
 def name_of(path: Path) -> str:

@@ -45,7 +45,10 @@ def test_the_example_data_become_a_config_that_passes():
     assert config.model == options.load("demo").model  # there is no card here
     examples, _ = data.load(config.data, config.eval.rows)
     scorer = InProcess(config.rewards.functions)
-    assert not any(r.broken for r in (rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)))
+    assert not any(
+        r.broken
+        for r in (rewards.of_data(examples, config.eval.rows, config), rewards.of_rewards(examples, scorer, config))
+    )
 
 
 def test_every_line_has_a_comment_that_says_why_or_what():
@@ -121,7 +124,15 @@ def test_the_base_is_the_largest_that_fits_the_card(size, preset):
     assert init(jsonl("x.jsonl", gsm8k_rows(20)), "--vram", size).exit_code == 0
     config = options.load(file=Path("x.toml"))
     assert config.model == options.load(preset).model
-    assert (config.data.system is not None and "boxed" in config.data.system) and config.train.steps > 0
+    asked = "Answer with the number." if preset == "demo" else "reason step by step"
+    assert asked in str(config.data.system) and config.train.steps > 0
+
+
+def test_the_demos_base_is_not_asked_to_reason_in_the_room_of_an_answer():
+    rows = [{"problem": "Solve.", "gold": "x^2 + 1"}]
+    config = proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None))
+    assert (config.rewards.functions, config.rollout.max_new_tokens) == ({"math": 1.0}, 64)
+    assert config.data.system == "Answer with \\boxed{} alone."
 
 
 def test_the_bases_are_presets():

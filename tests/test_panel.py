@@ -57,7 +57,7 @@ EVERY_LIGHT = dict.fromkeys(guards.NAMES, "red")
 
 
 def panel(history=(), evaluations=(), groups=(), steps=40, **other):
-    found = {"name": "demo", "eval_every": 0, "cap": 16, "limit": 4 * GB, **other}
+    found = {"name": "demo", "eval_every": 0, "cap": 16, "limit": 4 * GB, "doing": "updating", **other}
     return Panel(steps=steps, history=list(history), evaluations=list(evaluations), groups=groups, **found)
 
 
@@ -109,7 +109,7 @@ def shown(found, width=80, height=22):
 def test_all_that_matters_is_there_at_80_by_24():
     text = shown(panel([line(i) for i in range(1, 20)], [scored(0), scored(10, gain={"value": 0.25})], PAIR))
     for expected in (
-        "step 19/40", "reward", "0.190", "0.01 to 0.19", "held out", "0.500", "[0.40, 0.60] gain +0.25",
+        "step 19/40 updating", "reward", "0.190", "0.01 to 0.19", "held out", "0.500", "[0.40, 0.60] gain +0.25",
         "solved        50%", "signal        25%", "truncated     12%", "length       11.0",
         "rollout  67%", "update 33%", "3.0 s a step", "145 tokens/s", " 1.00 GB now", "peak 2.00, limit 4.00 GB",
         "mean token weight 1.250", "entropy 0.500", "gradient 0.250", "● held_out", "nothing out of order",

@@ -12,7 +12,7 @@ from lite_trgrpo import config as options
 from lite_trgrpo.backends.lora import add_lora, prepare
 from lite_trgrpo.backends.network import Network
 from lite_trgrpo.cli import app
-from lite_trgrpo.plan import NF4_BYTES, _counted, _sampling, fitting, plan
+from lite_trgrpo.plan import BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.rollout.engine import Engine, slot_count
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training.packing import by_prompt
@@ -114,10 +114,12 @@ def test_parts_are_what_the_options_say(tiny):
     assert one.adapter == trained * (4 + 4 + 8)
     small = plan(tiny(**{"train.optimizer": "adamw-8bit"}), model.config, torch.float32, PROMPT)
     assert small.adapter == trained * (4 + 4 + 2)
-    four_bit = plan(tiny(**{"model.quantization": "nf4"}), model.config, torch.bfloat16, PROMPT)
     linear = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
     rest = sum(p.numel() for name, p in model.named_parameters() if "proj" not in name)
-    assert four_bit.weights == int(linear * NF4_BYTES + rest * 2)
+    for name, size in BYTES.items():
+        found = plan(tiny(**{"model.quantization": name}), model.config, torch.bfloat16, PROMPT)
+        assert found.weights == int(linear * size + rest * 2)
+    assert BYTES["nf4"] < 0.52
 
 
 def test_any_number_of_layers_follows_from_two_and_four(tiny):

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lite_trgrpo import config as options
-from lite_trgrpo import data
+from lite_trgrpo import data, session
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.preflight import rewards, samples
@@ -24,6 +24,7 @@ SUMS = [
 ]  # fmt: skip
 OWN = """
 def ones(completions, **_): return [1.0] * len(completions)
+def raising(completions, **_): return [c["x"] for c in completions]
 def zeros(completions, **_): return [0.0] * len(completions)
 def half(completions, **_): return [0.5] * len(completions)
 def longer(completions, **_): return [len(c) / 20 for c in completions]
@@ -49,6 +50,11 @@ def sums(tmp_path, functions, rows=SUMS, **settings):
     })  # fmt: skip
     examples, _ = data.load(config.data, 0)
     return config, examples, InProcess(config.rewards.functions, config.rewards.options)
+
+
+def both(config, examples, scorer):
+    """Data and rewards, without a model; as many rows held out as were asked for."""
+    return rewards.of_data(examples, config.eval.rows, config), rewards.of_rewards(examples, scorer, config)
 
 
 def found(*reports):
@@ -84,12 +90,28 @@ def test_a_planted_mistake_is_named_with_its_setting(tmp_path, own, function, se
     written = [{**row, "answer": f"{row['answer']} or so, maybe 7", "right": "?", "page": "?"} for row in SUMS]
     rows = written if settings.pop("words", False) else SUMS
     config, examples, scorer = sums(tmp_path, {function.replace("own.py", own): 1.0}, rows, **settings)
-    reports = rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)
+    reports = both(config, examples, scorer)
     broken = [finding for report in reports for finding in report.broken]
     assert [finding.problem for finding in broken][:1] == [problem]
     assert words in broken[0].text
     with pytest.raises(RunError, match=r"To train all the same: --set train\.preflight=false"):
-        rewards.before_training(examples, scorer, config)
+        rewards.before_training(examples, config.eval.rows, scorer, config)
+
+
+def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_answers(tmp_path, own):
+    config, examples, _ = sums(tmp_path, {own.replace("own.py", "own.py:raising"): 1.0})
+    with session.scoring_of(config) as scorer:
+        report = rewards.of_rewards(examples, scorer, config)
+    [finding] = report.broken
+    assert finding.problem == "the reward fails"
+    assert "own.py:raising' raises an error on each of 32 gold answers: mend the function" in finding.text
+
+
+def test_half_of_a_small_file_is_held_out_and_that_is_said(tmp_path):
+    config, examples, _ = sums(tmp_path, {"number": 1.0}, SUMS[:40])
+    [finding] = rewards.of_data(examples[:20], 20, config).findings
+    assert (finding.problem, finding.stops) == ("few rows", False)
+    assert "eval.rows = 200, but there are only 40 prompts" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -103,15 +125,15 @@ def test_a_planted_mistake_is_named_with_its_setting(tmp_path, own, function, se
 def test_what_can_work_passes(tmp_path, own, function, settings):
     rows = [{**row, "metadata": {"source_dataset": "chain_sum"}} for row in SUMS]
     config, examples, scorer = sums(tmp_path, {function.replace("own.py", own): 1.0}, rows, **settings)
-    assert found(rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)) == []
-    rewards.before_training(examples, scorer, config)
+    assert found(*both(config, examples, scorer)) == []
+    rewards.before_training(examples, config.eval.rows, scorer, config)
 
 
 def test_an_own_reward_may_want_a_form_that_is_not_guessed(tmp_path, own):
     """Its author knows; so this is said, not held against it."""
     config, examples, scorer = sums(tmp_path, {f"{own}:boxed": 1.0})
     assert found(rewards.of_rewards(examples, scorer, config)) == [("gold answers not accepted", False)]
-    [line] = rewards.before_training(examples, scorer, config)
+    [line] = rewards.before_training(examples, config.eval.rows, scorer, config)
     assert line.startswith("warning: gold answers not accepted") and "own.py:boxed" in line
 
 
@@ -124,13 +146,13 @@ def test_a_few_bad_rows_are_named(tmp_path):
 
 def test_repeated_prompts_are_counted(tmp_path):
     config, examples, _ = sums(tmp_path, {"number": 1.0}, SUMS * 3)
-    [finding] = rewards.of_data(examples, config).findings
+    [finding] = rewards.of_data(examples, config.eval.rows, config).findings
     assert not finding.stops and "168 rows hold only 56 different prompts" in finding.text
 
 
 def test_the_same_answer_everywhere_is_said(tmp_path):
     config, examples, _ = sums(tmp_path, {"number": 1.0}, [{**row, "answer": "4"} for row in SUMS])
-    assert found(rewards.of_data(examples, config)) == [("one answer for all", False)]
+    assert found(rewards.of_data(examples, config.eval.rows, config)) == [("one answer for all", False)]
 
 
 # -- planted mistakes: what the base's answers show -----------------------------------------------------------
@@ -259,7 +281,7 @@ def test_the_presets_pass(tmp_path, name):
         config = replace_data(config, options={**config.data.options, "size": 60})
     examples, _ = data.load(config.data, 20)
     scorer = InProcess(config.rewards.functions, config.rewards.options)
-    assert found(rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)) == []
+    assert found(*both(config, examples, scorer)) == []
 
 
 def replace_data(config, **values):
@@ -271,7 +293,7 @@ def test_the_example_passes(monkeypatch):
     config = options.load("demo", ROOT / "examples" / "own.toml")
     examples, _ = data.load(config.data, config.eval.rows)
     scorer = InProcess(config.rewards.functions, config.rewards.options)
-    assert found(rewards.of_data(examples, config), rewards.of_rewards(examples, scorer, config)) == []
+    assert found(*both(config, examples, scorer)) == []
 
 
 # -- whole commands -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import HubError
 from lite_trgrpo.sharing import card, export, publish
-from lite_trgrpo.sharing.probe import answer, on
+from lite_trgrpo.sharing.probe import answer
 from tests.hub_uploads import TOKEN, USER, UploadServer
 from tests.runs import BASE, finished_run
 
@@ -260,6 +260,6 @@ def test_the_pushed_adapter_is_loaded_by_its_hub_id(checked, hub, push, tmp_path
     push()
     hub.add(REPO, hub.files(REPO) | {"merged/model.safetensors": b"gigabytes"})
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    found = answer(on(config, adapter=REPO), None, None)
+    found = answer(config.changed("model", adapter=REPO), None, None)
     assert found.ids == [row["ids"] for row in run.evaluations()[-1]["rows"]]
     assert not any("resolve" in request and "merged" in request for request in hub.requests)

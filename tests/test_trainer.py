@@ -59,7 +59,9 @@ def run_toy(
             raise KeyboardInterrupt
 
     warned = [].append if said is None else said.append
-    listener = Listener(step=killer, evaluated=lambda line: None, warned=warned, saved=lambda: None)
+    listener = Listener(
+        step=killer, doing=lambda what: None, evaluated=lambda line: None, warned=warned, saved=lambda: None
+    )
     trainer.train(
         config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
         stop or Stop(), resume=newest(run.checkpoints) if resume else None,

@@ -5,7 +5,9 @@ tests/test_gpu.py runs the package itself.
 """
 
 import sys
-from types import ModuleType
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,93 @@ def package(monkeypatch):
     module.FastLanguageModel = FastLanguageModel
     monkeypatch.setitem(sys.modules, "unsloth", module)
     return modes
+
+
+@dataclass
+class SamplingParams:
+    """vLLM's, as far as we use it."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list[int]
+    logprobs: int
+    seed: int
+    detokenize: bool
+
+
+@pytest.fixture
+def vllm(package, monkeypatch):
+    """-> the requests that it got: vLLM behind unsloth's names, one token after the other. Its log-probabilities are
+    those of the distribution that was drawn from, as unsloth starts it for training.
+    """
+    asked = []
+    fast = sys.modules["unsloth"].FastLanguageModel
+    plain = fast.get_peft_model
+
+    @torch.no_grad()
+    def answer(model, ids, wanted, adapter):
+        ids, found, logprobs = list(ids), [], []
+        random = torch.Generator().manual_seed(wanted.seed)
+        while len(found) < wanted.max_tokens and not (found and found[-1] in wanted.stop_token_ids):
+            with nullcontext() if adapter else model.disable_adapter():
+                logits = model(torch.tensor([ids + found])).logits[0, -1]
+            q = torch.log_softmax(logits / (wanted.temperature or 1.0), -1)
+            token = q.argmax() if wanted.temperature == 0 else torch.multinomial(q.exp(), 1, generator=random)
+            found.append(int(token))
+            logprobs.append({int(token): SimpleNamespace(logprob=q[int(token)].item())})
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(found), logprobs=logprobs)])
+
+    def get_peft_model(model, **options):
+        model = plain(model, **options)
+
+        def fast_generate(prompts, sampling_params, lora_request, use_tqdm):
+            asked.extend(sampling_params)
+            pairs = zip(prompts, sampling_params, strict=True)
+            return [answer(model, prompt["prompt_token_ids"], one, lora_request) for prompt, one in pairs]
+
+        model.fast_generate = fast_generate
+        model.load_lora = lambda folder, load_tensors: load_tensors
+        return model
+
+    monkeypatch.setattr(fast, "get_peft_model", staticmethod(get_peft_model))
+    module = ModuleType("vllm")
+    module.SamplingParams = SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return asked
+
+
+def test_vllm_samples_the_policy_and_without_its_adapter_the_base(folder, vllm):
+    options = Model(name=folder, device="cpu", lora_rank=4)
+    policy = unsloth.load(options, seed=3, gradient_checkpointing=False, longest=40, vllm=True)
+    for name, parameter in policy.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    prompts = [policy.encode(text) for text in ("2 + 2", "What is 17 + 25?")]
+    vllm.clear()
+    groups = sample_all(policy, prompts, Sampling(3, 6, 0.7, key=(1, 2)))
+    assert len({answer.ids for answer in groups[0]}) > 1
+    assert len({one.seed for one in vllm}) == 6 and {one.max_tokens for one in vllm} == {6}
+    rows = [(prompt.ids, answer.ids) for prompt, group in zip(prompts, groups, strict=True) for answer in group]
+    drawn = [answer.logprobs for group in groups for answer in group]
+    scored = policy.logprobs(rows, 0.7)[0]
+    for i, one in enumerate(drawn):
+        torch.testing.assert_close(scored[i, : len(one)], torch.tensor(one), rtol=1e-4, atol=1e-4)
+    [(_, _, alone)] = policy.sample(prompts, Sampling(3, 6, 0.7, key=(1, 2)), [[], [2]])
+    assert alone == groups[1][2], "an answer does not depend on who else is asked for"
+    greedy = Sampling(1, 6, greedy=True)
+    on = sample_all(policy, prompts, greedy)
+    with policy.reference():
+        off = sample_all(policy, prompts, greedy)
+    base = transformers.load(options, seed=3)
+    assert [group[0].ids for group in off] == [group[0].ids for group in sample_all(base, prompts, greedy)]
+    assert [group[0].ids for group in on] != [group[0].ids for group in off]
+
+
+def test_vllm_is_unsloths_alone(folder):
+    with pytest.raises(ModelError, match=r"rollout\.engine = vllm is unsloth's, .* --set rollout\.engine=groups"):
+        choice.load(Model(name=folder, device="cpu"), seed=0, vllm=True)
 
 
 def test_it_is_the_same_policy(folder, package):

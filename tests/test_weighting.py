@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,3 +203,39 @@ def test_few_tokens_and_none():
     one.add(torch.arange(23)[None] == 4, **tokens())
     assert sum(one.report(1.0, 1.4)["weight_histogram"]) == 1.0
     assert len(one.report(1.0, 1.4)["clip_by_quartile"]) == 4
+
+
+# -- another engine sampled ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("foreign", "updates"), [(False, 1), (True, 1), (True, 2)])
+def test_what_another_engine_drew_counts_by_its_own_probability_up_to_the_cap(foreign, updates):
+    """min(pi / q, 2) on each token, against autograd over the toy's table; q lies up to 2 nats off."""
+    policy, objective = ToyPolicy(), Objective(weights="none", aggregation="token", advantage="dr-grpo", clip_low=0.99)
+    prompt = policy.encode("0")
+    [answers] = sample_all(policy, [prompt], Sampling(members=4, max_new_tokens=4))
+    shift = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(4, 4)
+    moved = [
+        replace(a, logprobs=tuple(lp + s for lp, s in zip(a.logprobs, row.tolist(), strict=False)))
+        for a, row in zip(answers, shift, strict=True)
+    ]
+    group = Group(Example("0", {}, "here"), prompt, moved, (1.0, 0.0, 0.0, 1.0))
+    rate, tokens = 1e-3, sum(len(a.ids) for a in answers)
+    optimizer = torch.optim.SGD([policy.adapter], lr=rate)
+    update(
+        policy, optimizer, prepare_rows([group], objective, 4), objective,
+        temperature=1.0, updates=updates, limits=Limits(9, 1), max_grad_norm=math.inf, foreign=foreign,
+    )  # fmt: skip
+    table = ToyPolicy().adapter
+    for _ in range(updates):
+        logprobs = torch.log_softmax(policy.base + table, -1)
+        loss = 0.0
+        for answer, far, advantage in zip(answers, shift.tolist(), (0.5, -0.5, -0.5, 0.5), strict=True):
+            at = [prompt.ids[-1], *answer.ids[:-1]]
+            for t, (last, i) in enumerate(zip(at, answer.ids, strict=True)):
+                correction = min(math.exp(-far[t]), 2.0) if foreign else 1.0
+                ratio = (logprobs[last, i] - answer.logprobs[t]).exp()  # pi_old is what drew it, but for the shift
+                loss = loss - correction * advantage * ratio / tokens
+        [gradient] = torch.autograd.grad(loss, [table])
+        table = (table - rate * gradient).detach().requires_grad_()
+    torch.testing.assert_close(policy.adapter.detach(), table.detach(), rtol=1e-9, atol=1e-12)

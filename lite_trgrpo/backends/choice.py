@@ -23,6 +23,8 @@ def choose(options: Model) -> tuple[str, str]:
         return "transformers", "unsloth is not installed (pip install 'lite-trgrpo[unsloth]')"
     if options.adapter is not None:
         return "transformers", "it continues adapters"
+    if options.dora or options.quantization == "int8":
+        return "transformers", "it has DoRA and int8"
     return "unsloth", "a card and the package are there"
 
 
@@ -42,23 +44,29 @@ def settle(options: Model) -> tuple[str, str]:
     return name, why
 
 
-def load(options: Model, *, seed: int, gradient_checkpointing: bool = False, longest: int = 0) -> "TransformersPolicy":
+def load(
+    options: Model, *, seed: int, gradient_checkpointing: bool = False, longest: int = 0, vllm: bool = False
+) -> "TransformersPolicy":
     """The policy from the backend that is chosen; where there is a choice a line says which and why.
 
-    longest: tokens of a prompt with its answer.
+    longest: tokens of a prompt with its answer; vllm: unsloth's is to sample.
     """
     name, why = settle(options)
+    if vllm and name != "unsloth":
+        raise ModelError(f"rollout.engine = vllm is unsloth's, and here {why}; type --set rollout.engine=groups")
     if name == "unsloth":
         from lite_trgrpo.backends import unsloth
 
         try:
-            policy = unsloth.load(options, seed=seed, gradient_checkpointing=gradient_checkpointing, longest=longest)
+            policy = unsloth.load(
+                options, seed=seed, gradient_checkpointing=gradient_checkpointing, longest=longest, vllm=vllm
+            )
             print(f"backend: unsloth ({why})", file=sys.stderr)
             return policy
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it patches other libraries, so anything may break
-            if options.backend == "unsloth":
+            if options.backend == "unsloth" or vllm:
                 raise ModelError(f"unsloth: {first_line(error)}. Type --set model.backend=transformers") from None
             why = f"unsloth failed here: {first_line(error)}"
             torch.cuda.empty_cache()

@@ -1,12 +1,16 @@
 """The Policy on unsloth's kernels, on a card: its generate, a padded forward, its gradient checkpointing.
 
-Our engine and packed update come into play only where their check passes on its patched models. Its vLLM is not used.
+Our engine and packed update come into play only where their check passes on its patched models. With
+`rollout.engine = "vllm"` its vLLM samples.
 No line of this has run on a card yet; a test holds every call against unsloth's source.
 """
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +20,8 @@ from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.options import Model
 from lite_trgrpo.policy import Sequences, sample_all
 from lite_trgrpo.records import Completion, Prompt, Sampling
+from lite_trgrpo.rollout.engine import Answer
+from lite_trgrpo.rollout.sampling import row_keys
 
 SHORTEST = 2048  # unsloth cuts off what is longer than max_seq_length, so it is never set low
 BOUND = 0.1  # nats; rounding in 16 bits stays below on average
@@ -30,12 +36,19 @@ def problem() -> str | None:
     return None
 
 
-def load(options: Model, *, seed: int, gradient_checkpointing: bool, longest: int) -> "UnslothPolicy":
-    """longest: tokens of a prompt with its answer. Raises ModelError where unsloth's model fails the check."""
+def load(
+    options: Model, *, seed: int, gradient_checkpointing: bool, longest: int, vllm: bool = False
+) -> "UnslothPolicy":
+    """longest: tokens of a prompt with its answer; vllm: load it too, to sample with.
+
+    Raises ModelError where unsloth's model fails the check.
+    """
     from unsloth import FastLanguageModel  # before anything that imports transformers
 
     if options.adapter is not None:
         raise ModelError("model.adapter is continued by the other backend; type --set model.backend=transformers")
+    if options.dora or options.quantization == "int8":
+        raise ModelError("model.dora and int8 are the other backend's; type --set model.backend=transformers")
     located, template = plain.tokenizer_of(options)
     checkpointing = "unsloth" if gradient_checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
@@ -44,6 +57,7 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool, longest: in
         load_in_4bit=options.quantization == "nf4", load_in_16bit=options.quantization == "none",
         trust_remote_code=options.trust_remote_code, use_gradient_checkpointing=checkpointing,
         use_exact_model_name=True, random_state=seed,
+        fast_inference=vllm, max_lora_rank=options.lora_rank,
     )  # fmt: skip
     no_dropout(model.config)
     every_layer = options.lora_targets == ["all-linear"]
@@ -57,14 +71,15 @@ def load(options: Model, *, seed: int, gradient_checkpointing: bool, longest: in
             parameter.data = parameter.data.float()  # bf16 would lose updates of 1e-5
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path, adapter.revision = located.upstream, located.revision
-    return UnslothPolicy(model, template, located, gradient_checkpointing)
+    return UnslothPolicy(model, template, located, gradient_checkpointing, vllm)
 
 
 class UnslothPolicy(plain.TransformersPolicy):
     """See `lite_trgrpo.policy.Policy`. unsloth patches a model for sampling and for training; we switch between."""
 
-    def __init__(self, model: Any, template: Any, located: Any, gradient_checkpointing: bool) -> None:
+    def __init__(self, model: Any, template: Any, located: Any, gradient_checkpointing: bool, vllm: bool) -> None:
         self.checkpointing = "unsloth" if gradient_checkpointing else False
+        self.vllm, self.adapter_on = vllm, True
         super().__init__(model, template, located, gradient_checkpointing=False)  # not that of transformers
         self.network.gradient_checkpointing = gradient_checkpointing  # it decides the mode of the update
 
@@ -79,6 +94,55 @@ class UnslothPolicy(plain.TransformersPolicy):
 
         FastLanguageModel.for_training(self.model, use_gradient_checkpointing=self.checkpointing)
         return super().logprobs(rows, temperature)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with super().reference():
+            self.adapter_on = False
+            try:
+                yield
+            finally:
+                self.adapter_on = True
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        wanted: Sequence[Sequence[int]],
+        grown: Callable[[Answer], None],
+    ) -> Iterator[Answer]:
+        if not self.vllm:
+            return super()._answers(prompts, sampling, wanted, grown)
+        return self._by_vllm(prompts, sampling, wanted)
+
+    def _by_vllm(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, wanted: Sequence[Sequence[int]]
+    ) -> Iterator[Answer]:
+        """One request an answer, with a seed of its own; vLLM reads a shared prompt once by itself."""
+        from vllm import SamplingParams
+
+        asked = [(p, member) for p, members in enumerate(wanted) for member in members]
+        numbers = np.array(asked, dtype=np.uint64).reshape(-1, 2)
+        seeds = row_keys(sampling.key, numbers[:, 0], numbers[:, 1]) >> np.uint64(33)  # 31 bits
+        parameters = [
+            SamplingParams(
+                temperature=0.0 if sampling.greedy else sampling.temperature, top_p=sampling.top_p,
+                top_k=sampling.top_k, max_tokens=sampling.max_new_tokens, stop_token_ids=sorted(self.end_ids),
+                logprobs=0, seed=seed, detokenize=False,
+            )
+            for seed in seeds.tolist()
+        ]  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="lite-trgrpo-") as folder:
+            adapter = self.model.load_lora(folder, load_tensors=True) if self.adapter_on else None
+            outputs = self.model.fast_generate(
+                [{"prompt_token_ids": list(prompts[p])} for p, _ in asked], sampling_params=parameters,
+                lora_request=adapter, use_tqdm=False,
+            )  # fmt: skip
+        for (p, member), output in zip(asked, outputs, strict=True):
+            [found] = output.outputs
+            ids = list(found.token_ids)
+            logprobs = [at[i].logprob for at, i in zip(found.logprobs, ids, strict=True)]
+            yield Answer(p, member, ids, logprobs, stopped=ids[-1] in self.end_ids)
 
     def _check(self) -> None:
         """The head is a plain one; what samples and what is trained agree; a gradient arrives. Then: our engine too?"""

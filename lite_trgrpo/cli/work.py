@@ -107,7 +107,7 @@ def evaluate(
         return
     from lite_trgrpo.screen import score_table, show
 
-    show([score_table(result)])
+    show([score_table(result, resolved.model.adapter or f"{resolved.model.name}, no adapter")])
 
 
 @app.command()

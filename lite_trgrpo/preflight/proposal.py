@@ -23,11 +23,11 @@ ANSWERS = ("answer", "gold", "final_answer", "solution", "target", "label", "exp
 LOOKED_AT = 64  # answers on which a reward is tried
 LONG_PROMPT, WORDS = 1024, 8  # tokens; words of an answer that a model could be expected to hit exactly
 LETTERS = 4  # of a token, where no tokenizer is at hand
-SYSTEMS = {
-    "number": "Answer with the number.",
-    "math": "Please reason step by step, and put your final answer within \\boxed{}.",
-    "exact": "Answer with nothing but the answer itself.",
-}
+STEPS = "Please reason step by step, and put your final answer within \\boxed{}."
+ALONE = "Answer with nothing but the answer itself."
+REASONED = {"number": STEPS, "math": STEPS, "exact": ALONE}
+"""System messages by reward, for bases that can reason; the demo's can only answer."""
+BRIEF = {"number": "Answer with the number.", "math": "Answer with \\boxed{} alone.", "exact": ALONE}
 _WORDS = re.compile(
     r"(?<![\\A-Za-z])[A-Za-z]{2,}|^[A-Za-z](?:[ ,]+[A-Za-z])*$"
 )  # letters are no algebra: there "b a" would be "a b"
@@ -52,13 +52,13 @@ def propose(source: str, vram: int | None) -> Proposal:
     plain = data.examples(Data(source=source, prompt=prompt, answer=answer), source, "train")
     named = any(gold.asked(example.text) for example in plain[:LOOKED_AT])
     card = _card(vram)
-    system = None if named else SYSTEMS["math" if reward == "number" and card is not None else reward]
-    columns: dict[str, Any] = {"source": source, "prompt": prompt, "answer": answer, "system": system}
-    examples = data.examples(Data(**columns), source, "train")
-    longest = max(len(str(row[answer])) for row in rows) if reward == "exact" else 0
+    letters = max(len(gold.final(row[answer])) for row in rows)
     for name in (*(BASES if card is not None else ()), "demo"):
+        system = None if named else (BRIEF if name == "demo" else REASONED)[reward]
+        columns: dict[str, Any] = {"source": source, "prompt": prompt, "answer": answer, "system": system}
+        examples = data.examples(Data(**columns), source, "train")
         lengths, how = _lengths(name, examples)
-        settings = _settings(name, columns, reward, _rounded(_limit(lengths)), longest)
+        settings = _settings(name, columns, reward, _rounded(_limit(lengths)), letters)
         if name == "demo" or _fits(name, settings, vram, card or 0):
             break
     reasons = {
@@ -204,15 +204,15 @@ def _fits(preset: str, settings: Mapping[str, Mapping[str, Any]], vram: int | No
 
 
 def _settings(
-    preset: str, columns: Mapping[str, Any], reward: str, prompt_tokens: int, longest: int
+    preset: str, columns: Mapping[str, Any], reward: str, prompt_tokens: int, letters: int
 ) -> dict[str, dict[str, Any]]:
-    """The preset's options with another task in them. longest: letters of an answer that has to be hit exactly."""
+    """The preset's options with another task in them. letters: of the longest gold answer."""
     settings = config.read_toml(config.preset_path(preset))
     settings["data"] = {name: value for name, value in columns.items() if value is not None}
     settings["data"]["max_prompt_tokens"] = prompt_tokens
     settings["rewards"] = {**settings["rewards"], "functions": {reward: 1.0}}
-    if longest or preset == "demo":
-        settings["rollout"]["max_new_tokens"] = min(512, -(-longest // 2 // 32) * 32 + 32)
+    if reward == "exact" or preset == "demo":  # the answer alone
+        settings["rollout"]["max_new_tokens"] = min(512, -(-letters // 2 // 32) * 32 + 32)
     return settings
 
 

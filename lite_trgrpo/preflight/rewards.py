@@ -21,12 +21,12 @@ CONSTANT, LONG = "constant reward", "a very long answer"
 FILLER = "Let us look at this once more. There is something to be said for it, and something against it as well. "
 
 
-def before_training(examples: Sequence[Example], scorer: Scorer, config: Config) -> list[str]:
-    """The short form before every run, without a model: -> warnings, a line each.
+def before_training(examples: Sequence[Example], heldout: int, scorer: Scorer, config: Config) -> list[str]:
+    """The short form before every run, without a model: -> warnings, a line each. heldout: rows.
 
     Raises RunError where nothing can be learned.
     """
-    reports = of_data(examples, config), of_rewards(examples, scorer, config)
+    reports = of_data(examples, heldout, config), of_rewards(examples, scorer, config)
     if broken := [finding for report in reports for finding in report.broken]:
         reasons = "\n".join(f"{finding.problem}: {finding.text}" for finding in broken)
         raise RunError(f"{reasons}\nTo train all the same: --set train.preflight=false")
@@ -36,7 +36,7 @@ def before_training(examples: Sequence[Example], scorer: Scorer, config: Config)
 # -- data ---------------------------------------------------------------------------------------------------
 
 
-def of_data(examples: Sequence[Example], config: Config) -> Report:
+def of_data(examples: Sequence[Example], heldout: int, config: Config) -> Report:
     """Whether the training rows are questions with answers of their own. All of them are looked at."""
     answers: dict[str, set[str]] = {}
     for example in examples:
@@ -62,6 +62,13 @@ def of_data(examples: Sequence[Example], config: Config) -> Report:
             "column with the answers; else the model learns to say this",
             stops=False,
         ))  # fmt: skip
+    if heldout < config.eval.rows and not (config.data.eval_source or config.data.eval_split):
+        found.append(Finding(
+            "few rows",
+            f"eval.rows = {config.eval.rows}, but there are only {prompts + heldout} prompts, so half of them are held "
+            "out: lower eval.rows to train on more, or name other rows to score in data.eval_source",
+            stops=False,
+        ))  # fmt: skip
     return Report({"rows": rows, "prompts": prompts}, found)
 
 
@@ -78,6 +85,8 @@ def of_rewards(examples: Sequence[Example], scorer: Scorer, config: Config) -> R
     rows = random.Random(config.data.seed).sample(list(examples), min(ROWS, len(examples)))
     forms = [gold.asked(row.text) for row in rows]
     right = _scored(rows, [_right(row, form) for row, form in zip(rows, forms, strict=True)], scorer)
+    if (failing := _failing(right)) is not None:
+        return Report({"rows": 0}, [failing])
     accepted = [_best(group, config) >= config.rewards.solved_at for group in right]
     facts: dict[str, Any] = {
         "rows": len(rows),
@@ -121,6 +130,17 @@ def _scored(examples: Sequence[Example], texts: Sequence[Sequence[str]], scorer:
 def _completion(text: str) -> Completion:
     tokens = max(1, len(text) // LETTERS)
     return Completion((0,) * tokens, (True,) * tokens, (0.0,) * tokens, text, True)
+
+
+def _failing(right: Sequence[Group]) -> Finding | None:
+    """A function that gets through none of the gold answers. What it raised has been said already."""
+    answers = sum(len(group.completions) for group in right)
+    for name in right[0].parts:
+        kinds = [kind for group in right for kind in group.failures.get(name, {}).values()]
+        if len(kinds) == answers:
+            what = {"timeout": "takes too long", "crash": "ends its process"}.get(kinds[0], "raises an error")
+            return Finding("the reward fails", f"'{name}' {what} on each of {answers} gold answers: mend the function")
+    return None
 
 
 def _best(group: Group, config: Config) -> float:

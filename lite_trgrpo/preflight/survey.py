@@ -26,12 +26,16 @@ def look(config: Config, scanned: int = 0, file: Path | None = None) -> dict[str
     model reads it, "scan": `scan.summary`'s, "seconds", "works"}; what comes after a report that is broken is missing.
     """
     started = time.perf_counter()
-    config = config.model_copy(update={"data": config.data.model_copy(update={"scan": None})} if scanned else {})
+    if scanned:
+        config = config.changed("data", scan=None)
     found: dict[str, Any] = {}
     with session.scoring_of(config) as scoring:
         examples, heldout = data.load(config.data, config.eval.rows)
         found["heldout"] = len(heldout)
-        reports = {"data": rewards.of_data(examples, config), "rewards": rewards.of_rewards(examples, scoring, config)}
+        reports = {
+            "data": rewards.of_data(examples, len(heldout), config),
+            "rewards": rewards.of_rewards(examples, scoring, config),
+        }
         if not any(report.broken for report in reports.values()):
             config, policy, training = session.ready(config, examples)
             found["prompt"] = training[0][1].text

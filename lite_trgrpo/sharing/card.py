@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,6 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> str:
 def _loading(config: Config, facts: Mapping[str, Any], name: str, files: Sequence[str]) -> str:
     base, short = facts["base"], name.partition("/")[2]
     revision = f', revision="{facts["revision"]}"' if facts["revision"] else ""
-    preset = next((key for key in options.presets() if options.load(key).model.name == config.model.name), None)
-    ours = f"--preset {preset}" if preset else f"--set model.name={base} --set data.source=builtin:addition"
     parts = [f"""## How to load it
 
 PEFT:
@@ -150,16 +149,10 @@ tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 
-vLLM:
+{_vllm(config, base, short, name)}lite-trgrpo:
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {_rank_for_vllm(config)} --lora-modules {short}={name}
-```
-
-lite-trgrpo:
-
-```sh
-lite-trgrpo chat {ours} --adapter {name}
+lite-trgrpo chat {_ours(config, base)} --adapter {name}
 ```"""]  # fmt: skip
     if any(file.startswith("merged/") for file in files):
         parts.append(f"""Merged weights, without PEFT:
@@ -178,12 +171,33 @@ ollama create {short.lower()} -f Modelfile && ollama run {short.lower()}
     return "\n\n".join(parts)
 
 
+def _vllm(config: Config, base: str, short: str, name: str) -> str:
+    """vLLM serves plain LoRA only, at ranks of its own."""
+    if config.model.dora:
+        return ""
+    rank = max(8, 2 ** math.ceil(math.log2(config.model.lora_rank)))
+    serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {short}={name}"
+    return f"vLLM:\n\n```sh\n{serve}\n```\n\n"
+
+
+def _ours(config: Config, base: str) -> str:
+    """The options that `chat` needs: the run's own preset where there is one, else the base and what it was told."""
+    for name in options.presets():
+        preset = options.load(name)
+        if (preset.model.name, preset.data) == (config.model.name, config.data):
+            return f"--preset {name}"
+    named = [f"--set model.name={base}", f"--set data.source={_plain_name(config.data.source)}"]
+    if config.data.system:
+        named.append(f"--set data.system={shlex.quote(config.data.system)}")
+    return " ".join(named)
+
+
 def _settings(config: Config, facts: Mapping[str, Any]) -> str:
     """The numbers that decide the result. Free-form tables are left out: they may hold paths, or worse."""
     model = config.model
     shown: dict[str, Mapping[str, Any]] = {
         "lora": {name: getattr(model, f"lora_{name}") for name in ("rank", "alpha", "targets")}
-        | {"rslora": model.rslora},
+        | {"rslora": model.rslora, "dora": model.dora},
         "rollout": config.rollout.model_dump(exclude_none=True),
         "objective": config.objective.model_dump(exclude_none=True),
         "train": config.train.model_dump(exclude_none=True),
@@ -221,11 +235,6 @@ def _source(config: Config) -> str:
 def _plain_name(name: str) -> str:
     """`/home/me/file.py:function` -> `file.py:function`: nobody's folders belong on a card."""
     return name.replace("\\", "/").rpartition("/")[2] if "/" in name or "\\" in name else name
-
-
-def _rank_for_vllm(config: Config) -> int:
-    """The next of the ranks that vLLM takes."""
-    return max(8, 2 ** math.ceil(math.log2(config.model.lora_rank)))
 
 
 def _estimate(value: Mapping[str, float]) -> str:

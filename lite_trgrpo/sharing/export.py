@@ -18,7 +18,7 @@ from lite_trgrpo.errors import ExportError
 from lite_trgrpo.evaluate import paired_gain, wilson
 from lite_trgrpo.options import Config
 from lite_trgrpo.sharing import llamacpp, merge
-from lite_trgrpo.sharing.probe import Answers, ask, of_rows, on
+from lite_trgrpo.sharing.probe import Answers, ask, of_rows
 from lite_trgrpo.store.run import Run
 
 WEIGHTS = "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def check(
     """Every form in `folder` against the run's adapter. Raises ExportError at the first that fails."""
     _same_names(merge.read_adapter(run.adapter), merge.read_adapter(folder), located)
     say("checking the adapter in a fresh process, with the quantisation of the training")
-    trained = ask(on(config, adapter=str(folder)), "the exported adapter")
+    trained = ask(config.changed("model", adapter=str(folder)), "the exported adapter")
     expected = _of_the_run(run, config, trained)
     differing = sum(a != b for a, b in zip(trained.ids, expected, strict=True))
     if differing:
@@ -148,14 +148,16 @@ def check(
         "base": located.upstream, "revision": located.revision, "quantization": config.model.quantization,
         "rows": len(base.ids), "held_out": config.eval.rows > 0, "trained": _scores(base, trained), "forms": {},
     }  # fmt: skip
-    plain = on(config, quantization="none")
+    plain = config.changed("model", quantization="none")
     if config.model.quantization != "none":
         say("scoring base and adapter on unquantised weights")
-        base = ask(on(plain, adapter=None), "the unquantised base")
-        loaded = ask(on(plain, adapter=str(folder)), "the adapter on its unquantised base", tokens=trained.ids)
+        base = ask(plain.changed("model", adapter=None), "the unquantised base")
+        loaded = ask(
+            plain.changed("model", adapter=str(folder)), "the adapter on its unquantised base", tokens=trained.ids
+        )
         report["forms"]["unquantised"] = _compared(base, loaded, trained)
         _keeps_the_gain("the adapter on its unquantised base", report, "unquantised")
-    merged = on(plain, name=str(folder / "merged"), revision=None, sha256=None, adapter=None)
+    merged = plain.changed("model", name=str(folder / "merged"), revision=None, sha256=None, adapter=None)
     if wanted.merged:
         say("scoring the merged model")
         report["forms"]["merged"] = _compared(base, ask(merged, "the merged model", tokens=trained.ids), trained)
@@ -172,7 +174,7 @@ def check(
 def _same_names(ours: merge.Adapter, theirs: merge.Adapter, located: Located) -> None:
     """Raises ExportError where base, revision, settings, or a tensor's name or shape is not the run's."""
     wanted = {"base_model_name_or_path": located.upstream, "revision": located.revision}
-    wanted |= {key: ours.settings.get(key) for key in ("r", "lora_alpha", "use_rslora", "peft_type")}
+    wanted |= {key: ours.settings.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora", "peft_type")}
     for key, value in wanted.items():
         if (found := theirs.settings.get(key)) != value:
             raise ExportError(f"the exported adapter has {key} = {found!r}, the run {value!r}")
@@ -189,7 +191,7 @@ def _of_the_run(run: Run, config: Config, answers: Answers) -> list[list[int]]:
     recorded = [line["rows"] for line in run.evaluations()[-1:]]
     if recorded and [row["ids"] for row in recorded[0]] == answers.ids:
         return answers.ids
-    return ask(on(config, adapter=str(run.adapter)), "the run's adapter").ids
+    return ask(config.changed("model", adapter=str(run.adapter)), "the run's adapter").ids
 
 
 def _base(run: Run, config: Config, answers: Answers) -> Answers:
@@ -199,7 +201,7 @@ def _base(run: Run, config: Config, answers: Answers) -> Answers:
         rows = lines[0]["rows"]
         if [row["prompt"] for row in rows] == answers.prompts:
             return of_rows(rows, [])
-    return ask(on(config, adapter=None), "the base")
+    return ask(config.changed("model", adapter=None), "the base")
 
 
 def _scores(base: Answers, answers: Answers) -> Report:

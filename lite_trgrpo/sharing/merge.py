@@ -1,5 +1,6 @@
 """W + scaling * B A, tensor by tensor: a base and its adapter as one 16-bit model, without ever holding the model.
 
+DoRA (arXiv 2402.09353) gives the rows of that sum lengths of their own.
 Works on files alone (safetensors in, safetensors out), on the CPU: no model class is loaded.
 """
 
@@ -20,9 +21,10 @@ from lite_trgrpo.errors import ExportError
 
 SHARD = 2**30  # bytes of a shard that is written, and so of what is held
 PREFIX = "base_model.model."  # PEFT's, before the name of a module
+LENGTHS = ".lora_magnitude_vector"  # PEFT's name for DoRA's
 # what a plain LoRA pair does not express: (PEFT's setting, its value where it is off)
 OFF = {
-    "bias": "none", "use_dora": False, "lora_bias": False, "modules_to_save": None, "alpha_pattern": {},
+    "bias": "none", "lora_bias": False, "modules_to_save": None, "alpha_pattern": {},
     "target_parameters": None, "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,9 +46,11 @@ class Adapter:
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> A [r, in] and B [out, r]. Raises ExportError where the adapter holds anything else."""
         odd = [f"{key} = {self.settings[key]!r}" for key, off in OFF.items() if (self.settings.get(key) or off) != off]
-        modules = {name.removesuffix(f".lora_{side}.weight") for name in self.tensors for side in "AB"}
-        modules = {name for name in modules if not name.endswith(".weight")}
+        ends = tuple(f".lora_{side}.weight" for side in "AB")
+        modules = {name.removesuffix(end) for name in self.tensors for end in ends if name.endswith(end)}
         wanted = {f"{module}.lora_{side}.weight" for module in modules for side in "AB"}
+        if self.settings.get("use_dora"):
+            wanted |= {f"{module}{LENGTHS}" for module in modules}
         odd += sorted(self.tensors.keys() ^ wanted)[:3]
         if odd or not modules:
             raise ExportError(f"only plain LoRA on linear layers can be merged; this adapter has {', '.join(odd)}")
@@ -55,6 +59,14 @@ class Adapter:
                 self.tensors[f"{module}.lora_A.weight"].float(), self.tensors[f"{module}.lora_B.weight"].float(),
             ) for module in sorted(modules)
         }  # fmt: skip
+
+    def merged(self, module: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """[out, in] in fp32, for the module's weight in any type."""
+        found = weight.float() + self.delta(a, b)
+        if (lengths := self.tensors.get(f"{PREFIX}{module}{LENGTHS}")) is None:
+            return found
+        rows = 0 if self.settings.get("fan_in_fan_out") else 1
+        return found * (lengths.float().unsqueeze(rows) / found.norm(dim=rows, keepdim=True))
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """scaling * B A, [out, in]: alpha / r, or alpha / sqrt(r) with rsLoRA; transposed for GPT-2's Conv1D."""
@@ -129,8 +141,9 @@ def _merged(
     with safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
     dtype = torch.bfloat16 if kept is None and tensor.dtype == torch.float32 else tensor.dtype
-    if (pair := pairs.get(name.removesuffix(".weight"))) is not None:
-        tensor = tensor.float() + adapter.delta(*pair)
+    module = name.removesuffix(".weight")
+    if (pair := pairs.get(module)) is not None:
+        tensor = adapter.merged(module, tensor, *pair)
     return tensor.to(dtype).contiguous()
 
 

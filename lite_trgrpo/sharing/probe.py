@@ -39,6 +39,8 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
 
     `what` names the model in errors. Raises ExportError.
     """
+    if config.rollout.engine == "vllm":  # the other engines are at hand wherever the export is read
+        config = config.changed("rollout", engine="groups")
     with tempfile.TemporaryDirectory(prefix="lite-trgrpo-") as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         given = {"config": config.model_dump(), "gguf": gguf and str(gguf), "tokens": tokens, "result": str(result)}
@@ -49,18 +51,13 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
         done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", errors="replace", env=env)
         if "OutOfMemoryError" in done.stderr and config.model.device != "cpu":
             # unquantised weights may not fit the card that trained on quantised ones
-            return ask(on(config, device="cpu"), what, gguf=gguf, tokens=tokens)
+            return ask(config.changed("model", device="cpu"), what, gguf=gguf, tokens=tokens)
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or ["nothing"]
             # below 0: killed by a signal, as where llama.cpp was built for another processor
             how = "" if done.returncode == FAILED else f" (exit code {done.returncode})"
             raise ExportError(f"{what}, loaded in a fresh process, failed{how}: {said[-1]}")
         return Answers(**json.loads(result.read_text(encoding="utf-8")))
-
-
-def on(config: Config, **model: Any) -> Config:
-    """The same run with other options of its model."""
-    return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
 def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) -> Answers:

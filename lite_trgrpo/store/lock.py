@@ -17,7 +17,7 @@ BEYOND = 1 << 30  # Windows forbids others to read what is locked, so the lock l
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`; RunError at once if another process does. The file stays and blocks nothing by itself."""
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise RunError(
             f"cannot write into {folder}: {error.strerror}; mend that, or give --output another folder"

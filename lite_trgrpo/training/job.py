@@ -27,6 +27,8 @@ class Listener:
 
     step: Callable[[Metrics, Sequence[Group]], None]
     """A step is done: what is logged of it, and its groups."""
+    doing: Callable[[str], None]
+    """What it is busy with from now on, in a word or two."""
     evaluated: Callable[[Metrics], None]
     warned: Callable[[str], None]
     saved: Callable[[], None]

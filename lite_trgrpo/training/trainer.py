@@ -113,6 +113,7 @@ def _loop(job: Job) -> None:
             return
         recovery.save_if_due(job)
         clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
+        job.listener.doing("sampling")
         with job.stop.interruptible():
             groups, taught = rollout(
                 config, job.policy, job.training, job.scorer, job.step, clock, job.limits, job.rates
@@ -123,6 +124,7 @@ def _loop(job: Job) -> None:
 def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, float]) -> None:
     """The update, what is logged of it, and what the guards make of it."""
     config = job.config
+    job.listener.doing("updating")
     learning_rate = learning_rate_at(job.step, config.train) * 0.5 ** guards.rollbacks(job.history)
     for parameters in job.optimizer.param_groups:
         parameters["lr"] = learning_rate
@@ -137,6 +139,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
             updates=config.train.updates_per_batch,
             limits=job.limits,
             max_grad_norm=config.train.max_grad_norm,
+            foreign=config.rollout.engine == "vllm",
         )
     if not sound:  # as if the loss had come out so
         statistics["updates_skipped"] = config.train.updates_per_batch
@@ -264,6 +267,7 @@ def _evaluate_if_due(job: Job) -> None:
     due = step in (0, config.train.steps) or (config.eval.every and step % config.eval.every == 0)
     if not (due and job.heldout) or any(line["step"] == step for line in job.evaluations):
         return
+    job.listener.doing(f"scoring {len(job.heldout)} rows")
     started = time.perf_counter()
     with job.stop.interruptible():
         result = evaluate(

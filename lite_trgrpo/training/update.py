@@ -19,6 +19,7 @@ from lite_trgrpo.training.tokenstats import TokenStatistics, merged
 from lite_trgrpo.training.weighting import step_mean, weight_range, weights_of
 
 Result = TypeVar("Result")
+CORRECTION_CAP = 2.0  # of pi_old / q
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,12 @@ def update(
     updates: int,
     limits: Limits,
     max_grad_norm: float,
+    foreign: bool = False,
 ) -> dict[str, float | list[float]]:
     """`updates` optimizer steps on the rows of one batch. Returns this step's statistics (names: docs/metrics.md).
+
+    foreign: another engine sampled, whose probabilities q are not quite the policy's. Then the advantage of each token
+    is times min(pi_old / q, 2): truncated importance sampling.
 
     Where memory runs out, `limits.tokens` is halved and the optimizer step computed anew. Raises OutOfMemoryError when
     a single row does not fit.
@@ -93,7 +98,7 @@ def update(
     mean_weight = step_mean([row.sampled_logprobs for row in rows], objective)
 
     def learn(batch: Sequence[Row]) -> tuple[float, TokenStatistics]:
-        loss, statistics = _batch_loss(policy, batch, objective, temperature, old, reference, mean_weight)
+        loss, statistics = _batch_loss(policy, batch, objective, temperature, old, reference, mean_weight, foreign)
         loss.backward()
         return loss.item(), statistics
 
@@ -185,14 +190,18 @@ def _batch_loss(
     old: Mapping[int, Tensor],
     reference: Mapping[int, Tensor],
     mean_weight: float,
+    foreign: bool,
 ) -> tuple[Tensor, TokenStatistics]:
     logprobs, entropy = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
     mask, sampled, advantages, denominator = batch_tensors(batch, logprobs)
     weights = weights_of(sampled if objective.weights_from == "sampling" else logprobs, objective, mean_weight)
     old_logprobs = _padded(batch, old) if old else logprobs.detach()
     ref_logprobs = _padded(batch, reference) if reference else None
+    corrected = advantages
+    if foreign:  # positive, so no trust region changes sides
+        corrected = advantages * (old_logprobs - sampled).exp().clamp(max=CORRECTION_CAP)
     loss = policy_loss(
-        logprobs, old_logprobs, advantages, mask,
+        logprobs, old_logprobs, corrected, mask,
         weights=weights, ref_logprobs=ref_logprobs,
         clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=objective.dual_clip,
         penalty=objective.penalty, beta=objective.beta, kl=objective.kl,
