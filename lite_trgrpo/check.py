@@ -30,7 +30,7 @@ def memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | N
     dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
     shape, longest = load_config(config.model), config.data.max_prompt_tokens
     given, found = config, plan(config, shape, dtype, longest)
-    overhead, available = _room(device, vram)  # after the plan, for which the libraries of the run have been loaded
+    overhead, available = _room(device, vram, found)
     if device.type == "cuda" and config.rollout.cache_mib is None:
         config = _with_cache(config, found, available - overhead)
         found = plan(config, shape, dtype, longest)
@@ -85,11 +85,16 @@ def past(config: Config, runs: Path) -> dict[str, Any] | None:
     return None
 
 
-def _room(device: torch.device, vram: int | None) -> tuple[int, int]:
-    """-> what the libraries themselves take, and what there is for the run (bytes)."""
+def _room(device: torch.device, vram: int | None, found: Plan) -> tuple[int, int]:
+    """-> what the libraries themselves take, and what there is for the run (bytes).
+
+    On a CPU the C library keeps what sampling has freed while the update runs, and about a fifth of the update in gaps
+    (benchmarks/growth.txt); the libraries of the run have been loaded by the time that there is a plan.
+    """
     if vram is not None:
         return CARD_OVERHEAD, vram - DESKTOP
     if device.type == "cuda":
         return CARD_OVERHEAD, torch.cuda.mem_get_info(device)[0] - DESKTOP
     taken = psutil.Process().memory_info().rss
-    return taken, psutil.virtual_memory().available + taken
+    kept = min(found.cache + found.rollout, found.update) + found.update // 5
+    return taken + kept, psutil.virtual_memory().available + taken

@@ -158,7 +158,7 @@ PARTS = {
     "cache": "sampling: keys and values",
     "rollout": "sampling: the rest",
     "update": "update: activations and logits",
-    "overhead": "libraries",
+    "overhead": "libraries, and what is freed but kept",
 }
 
 

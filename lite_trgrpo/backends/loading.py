@@ -115,7 +115,8 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0] @ _unpacked(*ctx.packed, gradients[0].dtype), None, None
+        weight, largest = ctx.packed
+        return gradients[0] @ _unpacked(weight, largest, gradients[0].dtype), None, None
 
 
 def _unpacked(weight: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
