@@ -71,6 +71,10 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
         raise
     except Exception as error:  # as above
         raise ModelError(f"{options.name} could not be loaded: {first_line(error)}") from None
+    if quantization is not None and device.type == "cpu":
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # embeddings and norms: as part of the file they would hold all of it
+                parameter.data = parameter.data.clone()
     if options.quantization == "nf4":
         keep_gradients_on_cpu(model)
     if options.quantization == "int8":
