@@ -33,7 +33,7 @@ def train(options: Config, steps: int, adapter: Path) -> list[Group]:
                 policy, optimizer, rows, options.objective,
                 temperature=temperature, updates=1, limits=limits, max_grad_norm=options.train.max_grad_norm,
             )  # fmt: skip
-            print(example.text, group.rewards, f"gradient {statistics['grad_norm']}")
+            print(example.text, group.rewards, f"gradient {statistics['grad_norm']:.3f}")
             done.append(group)
     policy.save_adapter(adapter)
     return done
@@ -41,4 +41,4 @@ def train(options: Config, steps: int, adapter: Path) -> list[Group]:
 
 if __name__ == "__main__":
     easy = ["data.options={ first = [1, 9], second = [1, 9] }", "rollout.max_new_tokens=32"]
-    train(config.load("demo", overrides=easy), steps=4, adapter=Path("adapter"))
+    train(config.load("demo", overrides=easy), steps=4, adapter=Path("runs/python/adapter"))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lite_trgrpo.backends.transformers import TransformersPolicy
 
 CHATTING = 2  # stream of random numbers, beside the trainer's
-GOLD = "/gold"
+GOLD, NEW = "/gold", "/new"
+HELP = f"it sees the whole conversation; {NEW} begins another, {GOLD} ANSWER scores the last answer, an empty line ends"
 INCOMPLETE = "\ufffd"  # what a decoder makes of a character whose bytes are not all there yet
 
 
@@ -41,20 +42,31 @@ def chat(config: Config, compare: bool = False) -> None:
     speakers = [Speaker("adapter" if compare else "", list(system))]
     if compare:
         speakers.insert(0, Speaker("base", list(system), base=True))
+    say(
+        f"{config.model.adapter or config.model.name}: at most {config.rollout.max_new_tokens} tokens an answer, "
+        f"sampled at temperature {config.rollout.temperature:g}\n{HELP}"
+    )
     turn = 0
     with ExitStack() as held:
         scorer: Scorer | None = None
         while line := _ask():
             word, _, gold = line.partition(" ")
-            if word != GOLD:
+            if word == NEW:
+                for speaker in speakers:
+                    speaker.messages, speaker.last = list(system), None
+            elif word.startswith("/") and word != GOLD:
+                say(HELP)
+            elif word != GOLD:
                 for speaker in speakers:
                     _answer(policy, config, speaker, line, turn)
                 turn += 1
-                continue
-            if scorer is None:
-                scorer = held.enter_context(session.scoring_of(config))
-            for speaker in speakers:
-                _score(scorer, config, speaker, gold.strip())
+            elif not gold or speakers[0].last is None:
+                first = "" if speakers[0].last else "ask something first, then "
+                say(f"{first}type {GOLD} and the right answer, e.g. {GOLD} 42")
+            else:
+                scorer = scorer or held.enter_context(session.scoring_of(config))
+                for speaker in speakers:
+                    _score(scorer, config, speaker, gold.strip())
 
 
 def _ask() -> str:
@@ -77,7 +89,7 @@ def _answer(policy: "TransformersPolicy", config: Config, speaker: Speaker, ques
     with policy.reference() if speaker.base else nullcontext():
         prompt = policy.encode(asked)
         answer = spoken(policy, prompt, sampling, lambda text: print(plain(text), end="", flush=True))
-    print()
+    print("" if answer.stopped else " (cut off)")
     speaker.messages.append({"role": "assistant", "content": answer.text})
     speaker.last = Group(Example(asked, {}, "chat"), prompt, (answer,))
 
@@ -104,9 +116,7 @@ def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tel
 def _score(scorer: Scorer, config: Config, speaker: Speaker, gold: str) -> None:
     """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
     last = speaker.last
-    if last is None or not gold:
-        say(f"{'ask something first, then ' if last is None else ''}type {GOLD} and the right answer, e.g. {GOLD} 42")
-        return
+    assert last is not None
     columns = {name: gold for name in ("answer", config.data.answer) if name}  # a reward may ask for either
     example = Example(last.example.prompt, columns, "chat")
     try:

@@ -69,8 +69,9 @@ def past(config: Config, runs: Path) -> dict[str, Any] | None:
             before, steps, scores = load(file=run.folder / "config.toml"), run.metrics(), run.evaluations()
         except LiteError:  # an older version's, or a broken one
             continue
-        same = all(getattr(before.model, key) == getattr(config.model, key) for key in ("name", "quantization"))
-        if not steps or not same or before.model.device != config.model.device:
+        kept = ("name", "quantization", "device")
+        same = all(getattr(before.model, key) == getattr(config.model, key) for key in kept)
+        if not same or not any(step["groups_with_signal"] for step in steps):  # without signal there is no update
             continue
         clocks = [step["clock"] for step in steps]
         seconds = sum(clock["rollout_s"] + clock["reward_s"] + clock["update_s"] for clock in clocks)

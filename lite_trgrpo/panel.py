@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lite_trgrpo.drawing import bar, curve, duration, fold, measured, number, one_line, wrapped
 from lite_trgrpo.records import Completion, Group
-from lite_trgrpo.screen import plain, talk
+from lite_trgrpo.screen import plain, talk, ungraded
 from lite_trgrpo.training.guards import NAMES
 
 Line = Mapping[str, Any]
@@ -172,6 +172,8 @@ class Panel:
         if self.said is not None and (shown or len(self.history) - self.said[0] < FRESH):
             for line in wrapped(plain(self.said[1]), width - LABEL)[:4]:
                 yield Text.assemble(_label(""), (line, "yellow"))
+        elif lost := ungraded(self.history[-1]):
+            yield Text.assemble(_label(""), (f"{lost.strip()}: a reward function fails, see above", "yellow"))
         elif not shown:
             yield Text.assemble(_label(""), ("nothing out of order", "dim"))
 

@@ -60,20 +60,35 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     return (
         f"reward {'  -  ' if reward is None else f'{reward:5.3f}'}  solved {metrics['solved']:4.0%}  "
         f"signal {metrics['groups_with_signal']:4.0%}  truncated {metrics['truncated']:4.0%}  "
-        f"length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s"
+        f"length {metrics['length_mean']:5.1f}  {metrics['clock']['tokens_per_s']:6.0f} tokens/s{ungraded(metrics)}"
     )
+
+
+def ungraded(metrics: Mapping[str, Any]) -> str:
+    """`  7 not graded`, where a reward function did not get through."""
+    count = sum(metrics.get(f"reward_{kind}", 0) for kind in ("timeouts", "crashes", "errors"))
+    return f"  {count} not graded" if count else ""
 
 
 def eval_line(line: Mapping[str, Any]) -> str:
     """`held out after step 50: pass@1 0.700 [0.633, 0.759]  pass@4 ...`"""
     scores = [
-        f"{name} {_estimate(value)}" for name, value in line.items() if isinstance(value, Mapping) and "low" in value
+        f"{_score(name)} {_estimate(value)}"
+        for name, value in line.items()
+        if isinstance(value, Mapping) and "low" in value
     ]
     when = "before training" if line["step"] == 0 else f"after step {line['step']}"
     return (
         f"held out, {when}: {'  '.join(scores)}  truncated {line['truncated']:.0%}  "
         f"length {line['length_mean']:.1f}  ({len(line['rows'])} rows, {line['clock']['eval_s']:.0f} s)"
     )
+
+
+def _score(name: str) -> str:
+    """pass@1 is the greedy answer's, pass@k that of k sampled ones: the second may well be lower."""
+    if not name.startswith("pass@"):
+        return name
+    return "pass@1 (greedy)" if name == "pass@1" else f"{name} (any of {name[5:]} sampled)"
 
 
 def _estimate(value: Mapping[str, float]) -> str:
@@ -87,12 +102,11 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int
         scores.add_column(column)
     for name, value in after.items():
         if isinstance(value, Mapping) and "low" in value and name in before:
-            scores.add_row(name, _estimate(before[name]), _estimate(value))
+            scores.add_row(_score(name), _estimate(before[name]), _estimate(value))
     scores.add_row("truncated", f"{before['truncated']:.1%}", f"{after['truncated']:.1%}")
     for name, key in (("gain in pass@1", "gain"), ("gain in pass@k", "gain_k")):
         if key in after:
             scores.add_row(name, "", _estimate(after[key]))
-    yield scores
     answers = Table(title="greedy answers", title_justify="left")
     for column in ("prompt", "gold", "before", "after"):
         answers.add_column(column, overflow="fold")
@@ -101,6 +115,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int
             *(Text(plain(str(text))) for text in (new["prompt"], new["answer"], old["greedy"], new["greedy"]))
         )
     yield answers
+    yield scores  # last, where it stays on the screen
 
 
 def score_table(result: Mapping[str, Any], model: str) -> Table:
@@ -111,7 +126,7 @@ def score_table(result: Mapping[str, Any], model: str) -> Table:
     table.add_column("value")
     for name, value in result.items():
         if isinstance(value, Mapping) and "low" in value:
-            table.add_row(name, _estimate(value))
+            table.add_row(_score(name), _estimate(value))
     table.add_row("truncated", f"{result['truncated']:.1%}")
     table.add_row("length (tokens)", f"{result['length_mean']:.1f}")
     return table

@@ -80,10 +80,10 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
             with stop:
                 trainer.train(config, policy, training, heldout, scoring, run, listener, stop, resume=found)
         except Stopped as stopped:
-            raise Stopped(
-                f"stopped by {stopped}, everything saved. Go on with: lite-trgrpo train --resume {_quoted(run)}",
-                stopped.code,
-            ) from None
+            on = (
+                f". Go on with: lite-trgrpo train --resume {_quoted(run)}" if stopped.code != 1 else f" in {run.folder}"
+            )
+            raise Stopped(f"stopped by {stopped}, everything saved{on}", stopped.code) from None
     say(f"adapter in {run.adapter}, report in {run.folder / report.NAME}")
     return run
 

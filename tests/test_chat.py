@@ -121,6 +121,15 @@ def test_a_gold_answer_scores_the_last_answer(chat):
     assert value in (0, 1, 2) and scored[0].endswith(": solved" if value >= 1 else ": not solved")
 
 
+def test_new_begins_another_conversation_and_what_is_no_command_is_no_question(chat):
+    first, again = chat("2 + 2\n\n"), chat("what?\n/new\n/quit\n2 + 2\n\n")
+    assert "an empty line ends" in first.stderr
+    answers = [turn for turn in again.stdout.split("> ") if turn.strip()]
+    assert len(answers) == 2
+    with_history = chat("what?\n2 + 2\n\n").stdout.split("> ")
+    assert answers[1] != with_history[2]
+
+
 def test_gold_without_an_answer_asks_for_one(chat):
     said = chat("2 + 2\n/gold\n\n").stderr.splitlines()
     assert "type /gold and the right answer, e.g. /gold 42" in said

@@ -466,3 +466,23 @@ def test_a_command_in_the_docs_is_one_that_exists(monkeypatch, command):
     if arguments[0] == "train" and "--resume" not in arguments and "NAME" not in arguments:
         result = call(*arguments, "--dry-run")
         assert result.exit_code == 0, result.stderr
+
+
+def test_an_adapter_in_a_runs_folder_brings_its_options(monkeypatch, run_folder):
+    """Other options are taken where they are given."""
+    from lite_trgrpo import session as sessions
+
+    seen = []
+
+    def evaluate(config):
+        seen.append(config)
+        return {"rows": [], "truncated": 0.0, "length_mean": 0.0}
+
+    monkeypatch.setattr(sessions, "evaluate", evaluate)
+    adapter = str(run_folder / "adapter")
+    assert call("eval", "--adapter", adapter, "--set", "eval.rows=3").exit_code == 0
+    own = options.load(file=run_folder / "config.toml")
+    assert seen[0] == own.changed("model", adapter=adapter).changed("eval", rows=3)
+    assert call("eval", "--preset", "math-1.5b", "--adapter", adapter).exit_code == 0
+    assert seen[1].data == options.load("math-1.5b").data
+    assert "model.name is not set" in call("eval", "--adapter", "you/adapter").stderr

@@ -75,6 +75,7 @@ CASES = {
         [line(10**9, length_mean=1e12, grad_norm=1e30, clock={**CLOCK, "update_s": 1e9, "tokens_per_s": 1e15})],
         [scored(0), scored(10**9, gain={"value": -1.0})], PAIR, steps=2 * 10**9, limit=1,
     ),
+    "rewards that fail": panel([line(1, reward_errors=7, reward_timeouts=2)]),
     "hostile text": panel(
         [line(1)], groups=[group(HOSTILE, HOSTILE, rewards=(1.0, 0.0), question=HOSTILE, gold=HOSTILE)],
         name=HOSTILE, cap=4096, said=(0, HOSTILE),
@@ -104,6 +105,11 @@ def test_it_fits_whatever_the_run_does(case, width, height):
 
 def shown(found, width=80, height=22):
     return "\n".join(text.plain.rstrip() for text in found.lines(width, height))
+
+
+def test_answers_that_no_reward_got_through_are_counted():
+    assert "9 not graded" in shown(CASES["rewards that fail"])
+    assert "not graded" not in shown(CASES["in the middle"])
 
 
 def test_all_that_matters_is_there_at_80_by_24():

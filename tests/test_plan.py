@@ -178,13 +178,14 @@ def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tin
         assert 0.25 * free < cache <= free / 3
 
 
-def written(folder, config, steps):
+def written(folder, config, steps, signal=0.5):
     run = Run(folder)
     run.create()
     run.describe(config, {})
     clock = {"rollout_s": 6.0, "reward_s": 0.5, "update_s": 3.5, "rss_mib": 700.0}
     for step in range(steps):
-        run.log_step({"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock}, [], list)
+        line = {"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock, "groups_with_signal": signal}
+        run.log_step(line, [], list)
     run.log_eval({"step": 0, "clock": {"eval_s": 30.0}})
 
 
@@ -194,6 +195,7 @@ def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, 
     other = config.model_copy(update={"model": config.model.model_copy(update={"name": "other/model"})})
     (tmp_path / "runs").mkdir()
     written(tmp_path / "runs" / "other", other, 3)
+    written(tmp_path / "runs" / "without-updates", config, 3, signal=0.0)
     assert check.past(config, tmp_path / "runs") is None
     written(tmp_path / "runs" / "same", config, 3)
     found = check.past(config, tmp_path / "runs")

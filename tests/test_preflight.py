@@ -25,6 +25,7 @@ SUMS = [
 OWN = """
 def ones(completions, **_): return [1.0] * len(completions)
 def raising(completions, **_): return [c["x"] for c in completions]
+def numbers(completions, answer, **_): return [float(int(c) == int(a)) for c, a in zip(completions, answer)]
 def zeros(completions, **_): return [0.0] * len(completions)
 def half(completions, **_): return [0.5] * len(completions)
 def longer(completions, **_): return [len(c) / 20 for c in completions]
@@ -104,7 +105,16 @@ def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_ans
         report = rewards.of_rewards(examples, scorer, config)
     [finding] = report.broken
     assert finding.problem == "the reward fails"
-    assert "own.py:raising' raises an error on each of 32 gold answers: mend the function" in finding.text
+    assert "own.py:raising' raises an error on 6 of 6 gold answers: mend the function" in finding.text
+
+
+def test_a_reward_that_raises_on_what_is_wrong_is_no_constant_one(tmp_path, own):
+    """On gold answers it gives 1, on junk it raises: what is left is 1 everywhere."""
+    config, examples, _ = sums(tmp_path, {own.replace("own.py", "own.py:numbers"): 1.0})
+    with session.scoring_of(config) as scorer:
+        [finding] = rewards.of_rewards(examples, scorer, config).findings
+    assert (finding.problem, finding.stops) == ("the reward fails", False)
+    assert "raises an error on 15 of 15 answers that are junk" in finding.text
 
 
 def test_half_of_a_small_file_is_held_out_and_that_is_said(tmp_path):
@@ -195,6 +205,14 @@ def test_answers_that_teach_nothing_are_explained(tmp_path, texts, settings, ans
     [finding] = samples.of_samples(groups, scorer, config, {9: "<|im_end|>"}).findings
     assert (finding.problem, finding.stops) == (problem, True)
     assert words in finding.text
+
+
+def test_a_column_that_stands_in_the_question_is_no_sign_of_the_wrong_column(tmp_path):
+    """A base that repeats a number of the question is right by that number's column."""
+    rows = [{**row, "first": row["prompt"].split()[2], "right": "?"} for row in SUMS]
+    config, examples, scorer = sums(tmp_path, {"number": 1.0}, rows)
+    groups = scorer.score(answered(examples, lambda example, i: example.columns["first"]))
+    assert found(samples.of_samples(groups, scorer, config, {})) == [("nothing is solved", True)]
 
 
 def test_answers_of_an_own_reward_that_gives_nothing_show_it(tmp_path, own):

@@ -70,9 +70,12 @@ def export(
     if dry_run:
         files, text = publish.preview(found, resolved, wanted, push)
         print("\n".join([*files, "", text]), end="")
+        screen.say("nothing was written or sent")
         return
     report = publish.deliver(found, resolved, wanted, push, private, screen.say)
     screen.show([screen.export_table(report)])
+    if push is None:
+        screen.say(f"next: lite-trgrpo export {run} --push USER/REPO --dry-run")
 
 
 @presets_app.command(name="list")

@@ -64,6 +64,8 @@ def train(
         resolved, changed = options.resumed(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
+    elif run and run.suffix == ".toml":
+        raise typer.BadParameter(f"'{run}' stands alone: type --config {run}")
     elif run and run.is_file():
         raise typer.BadParameter(f"'{run}' is a file: type lite-trgrpo init {run}, or --config {run} for options")
     elif run:
@@ -81,6 +83,8 @@ def train(
     evaluations = session.train(resolved, output, run, stop, show).evaluations()
     if len(evaluations) > 1 and not as_json:
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
+        folder = run or output
+        screen.say(f"next: lite-trgrpo chat --adapter {folder / 'adapter'} --compare, or lite-trgrpo export {folder}")
 
 
 @app.command(name="eval")
@@ -94,11 +98,12 @@ def evaluate(
 ) -> None:
     """Score an adapter, or the base without one, on held-out rows of any source.
 
-    Example: lite-trgrpo eval --preset demo --adapter runs/demo/adapter
+    An adapter in a run's folder brings that run's options, where no preset or config is given.
+    Example: lite-trgrpo eval --adapter runs/demo/adapter
     """
     from lite_trgrpo import config as options
 
-    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    resolved = options.load(preset, config or _of_run(preset, adapter), set_, {"model.adapter": adapter})
     from lite_trgrpo import session
 
     result = session.evaluate(resolved)
@@ -121,14 +126,21 @@ def chat(
 ) -> None:
     """Talk to the model, with or without an adapter. An empty line ends it.
 
-    A line such as `/gold 42` scores the last answer with the preset's rewards against that gold answer.
-    Example: lite-trgrpo chat --preset demo --adapter runs/demo/adapter --compare
+    An adapter in a run's folder brings that run's options, where no preset or config is given. `/gold 42` scores the
+    last answer against that gold one, `/new` begins a new conversation.
+    Example: lite-trgrpo chat --adapter runs/demo/adapter --compare
     """
     from lite_trgrpo import config as options
 
-    resolved = options.load(preset, config, set_, {"model.adapter": adapter})
+    resolved = options.load(preset, config or _of_run(preset, adapter), set_, {"model.adapter": adapter})
     if compare and resolved.model.adapter is None:
         raise typer.BadParameter("--compare needs an adapter to compare with: add --adapter runs/NAME/adapter")
     from lite_trgrpo import chat as chatting
 
     chatting.chat(resolved, compare)
+
+
+def _of_run(preset: str | None, adapter: str | None) -> Path | None:
+    """The options of the run that an adapter lies in, where no others are given."""
+    file = Path(adapter or "").expanduser().parent / "config.toml"
+    return file if adapter and preset is None and file.is_file() else None

@@ -12,7 +12,7 @@ import torch
 from lite_trgrpo import check, config, data
 from lite_trgrpo.backends.transformers import template_at_hand
 from lite_trgrpo.errors import DataError, HubError
-from lite_trgrpo.options import SECTIONS, Config, Data
+from lite_trgrpo.options import SECTIONS, Config, Data, Eval
 from lite_trgrpo.preflight.findings import COUNTED
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import BUILTINS, gold
@@ -59,6 +59,8 @@ def propose(source: str, vram: int | None) -> Proposal:
         examples = data.examples(Data(**columns), source, "train")
         lengths, how = _lengths(name, examples)
         settings = _settings(name, columns, reward, _rounded(_limit(lengths)), letters)
+        held = settings.setdefault("eval", {}).get("rows", Eval().rows)
+        settings["eval"]["rows"] = min(held, max(1, len(rows) // 5))
         if name == "demo" or _fits(name, settings, vram, card or 0):
             break
     reasons = {
@@ -66,6 +68,7 @@ def propose(source: str, vram: int | None) -> Proposal:
         "data.answer": f"guessed; e.g. {str(rows[0][answer])[-60:]!r}",
         "data.max_prompt_tokens": f"prompts have {median(lengths):.0f} tokens (median), {max(lengths)} at most ({how})",
         "rewards.functions": why,
+        "eval.rows": f"of {len(rows)} rows these are held out and not trained on",
         "model.name": f"that of preset {name}, {'as there is no card' if card is None else 'the largest that fits'}",
     }
     few = "; a few hundred are a start" if len(rows) < 100 else ""

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lite_trgrpo.errors import RunError
@@ -15,6 +16,7 @@ from lite_trgrpo.rewards import Scorer, gold
 ROWS = 16  # on which the rewards are tried
 LETTERS = 4  # of a token, roughly: no tokenizer has been loaded yet
 LONGEST = 20_000  # characters of junk
+FEW = 3  # rows that are tried first
 OTHERS = 6  # wrong answers among many at once
 NEARLY_ALL, SOME = 0.9, 0.1  # shares
 CONSTANT, LONG = "constant reward", "a very long answer"
@@ -84,9 +86,12 @@ def of_rewards(examples: Sequence[Example], scorer: Scorer, config: Config) -> R
         return Report({"rows": 0}, [])
     rows = random.Random(config.data.seed).sample(list(examples), min(ROWS, len(examples)))
     forms = [gold.asked(row.text) for row in rows]
-    right = _scored(rows, [_right(row, form) for row, form in zip(rows, forms, strict=True)], scorer)
-    if (failing := _failing(right)) is not None:
+    written = [_right(row, form) for row, form in zip(rows, forms, strict=True)]
+    right = _scored(rows[:FEW], written[:FEW], scorer)  # a function that hangs on everything is not tried on all
+    if (failing := _failing(right, "gold answers")) is not None and failing.stops:
         return Report({"rows": 0}, [failing])
+    right += _scored(rows[FEW:], written[FEW:], scorer)
+    failing = _failing(right, "gold answers")
     accepted = [_best(group, config) >= config.rewards.solved_at for group in right]
     facts: dict[str, Any] = {
         "rows": len(rows),
@@ -100,7 +105,9 @@ def of_rewards(examples: Sequence[Example], scorer: Scorer, config: Config) -> R
     facts["junk"], found = _of_junk([right[i] for i in compared], bool(good), scorer, config)
     if any(finding.problem == CONSTANT for finding in found):
         return Report(facts, found)
-    if len(good) <= len(rows) / 2:
+    if failing is not None:
+        found.append(failing)
+    elif len(good) <= len(rows) / 2:
         found.append(_why_refused(rows, right, scorer, config))
     elif len(good) < len(rows):
         odd = right[accepted.index(False)].example
@@ -132,14 +139,15 @@ def _completion(text: str) -> Completion:
     return Completion((0,) * tokens, (True,) * tokens, (0.0,) * tokens, text, True)
 
 
-def _failing(right: Sequence[Group]) -> Finding | None:
-    """A function that gets through none of the gold answers. What it raised has been said already."""
-    answers = sum(len(group.completions) for group in right)
-    for name in right[0].parts:
-        kinds = [kind for group in right for kind in group.failures.get(name, {}).values()]
-        if len(kinds) == answers:
-            what = {"timeout": "takes too long", "crash": "ends its process"}.get(kinds[0], "raises an error")
-            return Finding("the reward fails", f"'{name}' {what} on each of {answers} gold answers: mend the function")
+def _failing(groups: Sequence[Group], what: str) -> Finding | None:
+    """A function that does not get through more than a few of these answers; it stops where it gets through none."""
+    answers = sum(len(group.completions) for group in groups)
+    for name in groups[0].parts:
+        kinds = [kind for group in groups for kind in group.failures.get(name, {}).values()]
+        if len(kinds) > SOME * answers:
+            does = {"timeout": "takes too long", "crash": "ends its process"}.get(kinds[0], "raises an error")
+            text = f"'{name}' {does} on {len(kinds)} of {answers} {what}: mend the function, which has to "
+            return Finding("the reward fails", f"{text}return a number for any text", len(kinds) == answers)
     return None
 
 
@@ -237,7 +245,10 @@ def _of_junk(
               config.rollout.max_new_tokens)
         for i, row in enumerate(rows)
     ]  # fmt: skip
-    scored = _scored(rows, [list(junk.values()) for junk in kinds], scorer)
+    scored = _scored(rows[:FEW], [list(junk.values()) for junk in kinds[:FEW]], scorer)
+    if (failing := _failing(scored, "answers that are junk")) is not None:
+        return {}, [replace(failing, stops=False)]
+    scored += _scored(rows[FEW:], [list(junk.values()) for junk in kinds[FEW:]], scorer)
     facts: dict[str, Any] = {}
     for kind in dict.fromkeys(kind for junk in kinds for kind in junk):
         got = [

@@ -32,6 +32,7 @@ def of_samples(groups: Sequence[Group], scorer: Scorer, config: Config, not_endi
         "reward_mean": mean(value for group in groups for value in group.rewards),
         "length_mean": fmean(len(completion.ids) for completion in answers),
         "form": gold.asked(groups[0].example.text),
+        "examples": [(short(g.example.text), short(g.completions[0].text)) for g in groups[:SHOWN]],
         "format_failures": len(failed),
         "format_examples": [short(text) for text in failed[:SHOWN]],
         "passed_over": not_ending[mode(passed)] if passed and len(passed) >= HALF * len(cut) else None,
@@ -98,9 +99,10 @@ def _cut_off(facts: Mapping[str, Any], dead: bool, config: Config) -> Finding:
 
 
 def _answered_elsewhere(groups: Sequence[Group], scorer: Scorer, config: Config) -> str | None:
-    """Another column that answers are right by."""
+    """Another column that answers are right by. What stands in the question is repeated by any base: no sign."""
     for name in findings.other_columns(groups[0].example, config):
-        scored = scorer.score([replace(g, example=findings.answered_by(g.example, name)) for g in groups])
+        hidden = [g for g in groups if str(g.example.columns.get(name)) not in g.example.text]
+        scored = scorer.score([replace(g, example=findings.answered_by(g.example, name)) for g in hidden])
         if sum(value >= config.rewards.solved_at for group in scored for value in first(group)) > CHANCE:
             return name
     return None
@@ -120,7 +122,7 @@ def of_first_step(before: Mapping[str, Any], metrics: Mapping[str, Any], config:
         return f"{answers} of {answers} held-out answers right before training: take harder prompts in data.source"
     if solved:
         return None
-    reason = "look at `lite-trgrpo check rewards`, take easier prompts or a larger base"
+    reason = "look at `lite-trgrpo check rewards` with the same options, take easier prompts or a larger base"
     if before["truncated"] >= NEARLY_ALL:
         reason = f"{before['truncated']:.0%} were cut off: raise rollout.max_new_tokens"
     return f"no right answer among {answers} held-out ones and no signal in the first step: {reason}"

@@ -22,6 +22,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             f"groups with signal {samples['groups_with_signal']:.0%}, truncated {samples['truncated']:.0%}, reward "
             f"{_number(samples['reward_mean'])}, length {samples['length_mean']:.1f}"
         )
+        for asked, said in samples["examples"]:
+            yield f"         {asked} -> {said}"
         if samples["format_failures"]:
             yield (
                 f"form     {samples['format_failures']} of {samples['answers']} answers are not in the form "
@@ -37,10 +39,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _scan(found: Mapping[str, Any]) -> str:
-    return (
+    line = (
         f"scan     {found['scanned']} prompts, solved {found['solved']:.1%}: {found['never']} never, {found['always']} "
-        f"always, {found['teaching']} between 10 % and 90 %; train on these with: --set data.scan={found['file']}"
+        f"always, {found['teaching']} between 10 % and 90 %"
     )
+    return f"{line}; train on these with: --set data.scan={found['file']}" if found["teaching"] else line
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,8 @@ CURVES: tuple[tuple[str, str, Mapping[str, str], bool], ...] = (
      "nothing.", {"answers cut off": "truncated", "prompts with signal": "groups_with_signal"}, True),
     ("Entropy", "How much answers vary (nats a token). Near 0 there is nothing left to learn from.",
      {"all sampled tokens": "entropy_sampled", "tokens in the update": "entropy"}, False),
-    ("KL", "How far an update moved the policy, and where measured how far it is from its base (nats a token).",
+    ("KL", "How far an update moved the policy, and where measured how far it is from its base (nats a token)."
+     " Estimated on a few answers, so it may fall below 0.",
      {"moved by the update": "update_kl", "distance to the base": "kl"}, False),
     ("Gradient norm", "Before clipping. Single peaks are usual, growth is not.", {"norm": "grad_norm"}, False),
     ("Mean token weight", "What the objective gives a token on average; 1 is plain GRPO.",

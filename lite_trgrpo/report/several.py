@@ -58,7 +58,7 @@ def _curves(names: Sequence[str], stories: Sequence[Story]) -> Html:
         chart("Solved", "Share of training answers.", all_of("solved"), share=True),
     ]
     figures += [
-        chart(label.capitalize() if len(metrics) > 1 else title, hint, all_of(metric), share=share)
+        chart(f"{title}: {label}" if len(metrics) > 1 else title, hint, all_of(metric), share=share)
         for title, hint, metrics, share in CURVES
         for label, metric in metrics.items()
     ]

@@ -80,7 +80,8 @@ def _head(config: Config, facts: Mapping[str, Any], name: str, licence: str) -> 
     revision = f" at commit `{facts['revision']}`" if facts["revision"] else ""
     other = ""
     if config.model.name != facts["base"]:
-        other = f" The weights it was trained on came from `{_plain_name(config.model.name)}`."
+        other = f" The weights it was trained and scored on came from `{_plain_name(config.model.name)}`: on others "
+        other += "the score may differ."
     rewards = ", ".join(f"`{_plain_name(key)}` (weight {value:g})" for key, value in config.rewards.functions.items())
     weights = "TR-GRPO" if config.objective.weights in ("offset", "centred") else "GRPO"
     return f"""# {name.partition("/")[2]}
@@ -147,7 +148,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
 tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(base, "{name}")
-```
+{_asking(config)}```
 
 {_vllm(config, base, short, name)}lite-trgrpo:
 
@@ -171,6 +172,24 @@ ollama create {short.lower()} -f Modelfile && ollama run {short.lower()}
     return "\n\n".join(parts)
 
 
+def _asking(config: Config) -> str:
+    """The lines that ask the model something, in the form it was trained on."""
+    if config.model.prompt_format is not None or config.model.template_options:
+        return ""
+    system = f'{{"role": "system", "content": {_quoted(config.data.system)}}}, ' if config.data.system else ""
+    return f"""
+messages = [{system}{{"role": "user", "content": "your question"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens={config.rollout.max_new_tokens}, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def _quoted(text: str) -> str:
+    """As Python and TOML write it, with nothing in it that could end a code block."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
+
+
 def _vllm(config: Config, base: str, short: str, name: str) -> str:
     """vLLM serves plain LoRA only, at ranks of its own."""
     if config.model.dora:
@@ -188,7 +207,7 @@ def _ours(config: Config, base: str) -> str:
             return f"--preset {name}"
     named = [f"--set model.name={base}", f"--set data.source={_plain_name(config.data.source)}"]
     if config.data.system:
-        named.append(f"--set data.system={shlex.quote(config.data.system)}")
+        named.append(shlex.join(["--set", f"data.system={_quoted(config.data.system)}"]))
     return " ".join(named)
 
 

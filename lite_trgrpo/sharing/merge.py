@@ -111,6 +111,7 @@ def merge(base: Path, adapter: Adapter, output: Path) -> None:
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {name: _merged(stored[name][0], name, adapter, pairs, kept) for name in names}
         save_file(tensors, output / file, metadata={"format": "pt"})
+        (output / file).chmod(0o644)  # safetensors lets nobody else read it
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
