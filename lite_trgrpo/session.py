@@ -71,8 +71,9 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         else:
             compare_facts(run, facts)
         run.describe(config, facts)
-        weights = sum(p.numel() for p in policy.trainable().values())
-        display.introduce(config, policy.device, weights, facts["prompts"], training[0][1], str(run.folder))
+        if resume is None:
+            weights = sum(p.numel() for p in policy.trainable().values())
+            display.introduce(config, policy.device, weights, facts["prompts"], training[0][1], str(run.folder))
         log = held.enter_context(trackers.tracked(config.train.track, run.folder, config.model_dump(), done))
         panel = _panel(config, run, done if found else None, _limit(config, policy))
         listener = held.enter_context(display.watched(show, panel, config.rollout, log, lambda: _report(run)))

@@ -99,6 +99,12 @@ def test_long_texts_are_not_for_a_built_in():
     assert "better write a reward of your own" in found.reasons["rewards.functions"]
 
 
+def test_an_instruction_in_every_prompt_is_left_alone():
+    rows = [{"prompt": f"{i} + 2? Answer with the number.", "answer": str(i + 2)} for i in range(9)]
+    config = proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None))
+    assert (config.data.system, config.eval.rows) == (None, 1)
+
+
 def test_a_form_that_the_prompts_ask_for_is_left_alone():
     rows = [{"prompt": "2 + 2? End with `#### number`.", "answer": "4"}]
     assert proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None)).data.system is None

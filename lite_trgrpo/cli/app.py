@@ -60,6 +60,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def patience() -> None:
+    """Before the libraries are imported, which takes seconds."""
+    if sys.stderr.isatty():
+        print("loading ...", file=sys.stderr)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False) -> None:
     if version:

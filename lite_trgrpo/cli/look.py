@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lite_trgrpo.cli.app import AdapterOption, ConfigOption, JsonOption, PresetOption, SetOption, app, command
+from lite_trgrpo.cli.app import AdapterOption, ConfigOption, JsonOption, PresetOption, SetOption, app, command, patience
 
 if TYPE_CHECKING:
     from lite_trgrpo.options import Config
@@ -54,6 +54,7 @@ def check(
     only = ("memory",) if vram is not None or fit is not None else ("rewards",) if scan else SECTIONS
     nothing = not (preset or config or set_ or sections)
     loaded = None if nothing and only == SECTIONS else options.load(preset, config, set_)
+    patience()
     results: dict[str, Any] = {}
     fine = True
     for section in sections or only:

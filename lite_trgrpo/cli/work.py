@@ -17,6 +17,7 @@ from lite_trgrpo.cli.app import (
     SetOption,
     app,
     command,
+    patience,
 )
 from lite_trgrpo.training.stopping import Stop, next_time
 
@@ -75,6 +76,7 @@ def train(
     if dry_run:
         print(options.to_toml(resolved), end="")
         return
+    patience()
     from lite_trgrpo import screen, session
 
     name = preset or (config.stem if config else "run")
@@ -104,6 +106,7 @@ def evaluate(
     from lite_trgrpo import config as options
 
     resolved = options.load(preset, config or _of_run(preset, adapter), set_, {"model.adapter": adapter})
+    patience()
     from lite_trgrpo import session
 
     result = session.evaluate(resolved)
@@ -135,6 +138,7 @@ def chat(
     resolved = options.load(preset, config or _of_run(preset, adapter), set_, {"model.adapter": adapter})
     if compare and resolved.model.adapter is None:
         raise typer.BadParameter("--compare needs an adapter to compare with: add --adapter runs/NAME/adapter")
+    patience()
     from lite_trgrpo import chat as chatting
 
     chatting.chat(resolved, compare)

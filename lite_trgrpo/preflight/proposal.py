@@ -50,7 +50,8 @@ def propose(source: str, vram: int | None) -> Proposal:
     prompt, answer = _columns(rows, source)
     reward, why = _reward([row[answer] for row in rows])
     plain = data.examples(Data(source=source, prompt=prompt, answer=answer), source, "train")
-    named = any(gold.asked(example.text) for example in plain[:LOOKED_AT])
+    looked = [example.text for example in plain[:LOOKED_AT]]
+    named = any(map(gold.asked, looked)) or all("answer" in text.lower() for text in looked)  # they say how
     card = _card(vram)
     letters = max(len(gold.final(row[answer])) for row in rows)
     for name in (*(BASES if card is not None else ()), "demo"):
