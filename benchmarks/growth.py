@@ -135,7 +135,7 @@ def main() -> None:
         grown(tokens, 32_000)
     for vocabulary in (32_000, 64_000, 128_000, 152_000):
         grown(512, vocabulary)
-    print("\nwhole steps of SmolLM2-135M, 2 prompts, peak resident memory", flush=True)
+    print("\nwhole steps of SmolLM2-135M, 2 prompts, beside what `lite-trgrpo check` says", flush=True)
     for name in SETTINGS:
         subprocess.run([sys.executable, __file__, "--one", json.dumps(name)], check=True)
 
