@@ -66,7 +66,8 @@ def chat(config: Config, compare: bool = False) -> None:
             else:
                 scorer = scorer or held.enter_context(session.scoring_of(config))
                 for speaker in speakers:
-                    _score(scorer, config, speaker, gold.strip())
+                    if speaker.last is not None:
+                        _score(scorer, config, speaker.name, speaker.last, gold.strip())
 
 
 def _ask() -> str:
@@ -113,18 +114,16 @@ def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tel
     return answer
 
 
-def _score(scorer: Scorer, config: Config, speaker: Speaker, gold: str) -> None:
+def _score(scorer: Scorer, config: Config, name: str, last: Group, gold: str) -> None:
     """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
-    last = speaker.last
-    assert last is not None
-    columns = {name: gold for name in ("answer", config.data.answer) if name}  # a reward may ask for either
+    columns = {column: gold for column in ("answer", config.data.answer) if column}  # a reward may ask for either
     example = Example(last.example.prompt, columns, "chat")
     try:
         [scored] = scorer.score([Group(example, last.prompt, last.completions)])
     except LiteError as error:
         say(f"not scored: {error}")
         return
-    parts = {name: values[0] for name, values in scored.parts.items()}
+    parts = {function: values[0] for function, values in scored.parts.items()}
     verdict = "solved" if next(iter(parts.values())) >= config.rewards.solved_at else "not solved"
-    listed = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-    print(f"{speaker.name + ': ' if speaker.name else ''}reward {scored.rewards[0]:g} ({listed}): {verdict}")
+    listed = ", ".join(f"{function} {value:g}" for function, value in parts.items())
+    print(f"{name + ': ' if name else ''}reward {scored.rewards[0]:g} ({listed}): {verdict}")
