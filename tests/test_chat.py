@@ -146,9 +146,9 @@ def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(caps
     )
     config = load("demo", overrides=["data.answer=res", f"rewards.functions={{'{file}:same' = 1.0}}"])
     answer = Completion((5,), (True,), (0.0,), "17", True)
-    speaker = chat.Speaker("", [], last=Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,)))
+    last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
     with session.scoring_of(config) as scorer:
-        chat._score(scorer, config, speaker, "17")
+        chat._score(scorer, config, "adapter", last, "17")
     assert capsys.readouterr().out.endswith(": solved\n")
 
 
@@ -159,7 +159,7 @@ def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
     from lite_trgrpo.records import Example, Group
 
     answer = Completion((5,), (True,), (0.0,), "9 + 8 = 17", True)
-    speaker = chat.Speaker("adapter", [], last=Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,)))
+    last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
     with session.scoring_of(load("demo")) as scorer:
-        chat._score(scorer, load("demo"), speaker, gold)
+        chat._score(scorer, load("demo"), "adapter", last, gold)
     assert capsys.readouterr().out == f"adapter: reward {int(gold == '17')} (number {int(gold == '17')}): {verdict}\n"
