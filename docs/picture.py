@@ -27,6 +27,7 @@ def main(folder: str, picture: str) -> None:
         "demo", options.train.steps, options.eval.every, options.rollout.max_new_tokens,
         psutil.virtual_memory().total, metrics, evaluations, last_groups(run, metrics[-1]["step"]),
     )  # fmt: skip
+    panel.doing = f"scoring {len(evaluations[-1]['rows'])} rows"
     worked = [line["clock"][part] for line in metrics for part in ("rollout_s", "reward_s", "update_s")]
     panel.started -= sum(worked) + sum(line["clock"]["eval_s"] for line in evaluations)
     console = Console(record=True, width=WIDTH, highlight=False, file=io.StringIO())
