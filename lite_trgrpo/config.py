@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from lite_trgrpo.errors import ConfigError
+from lite_trgrpo.errors import ConfigError, ModelError
 from lite_trgrpo.options import SECTIONS, Config, Guards, Rewards
 
 Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validated
@@ -77,6 +77,16 @@ def head_comment(path: Path) -> dict[str, str]:
         elif key:
             found[key] += f" {text}"
     return found
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder that `model.adapter` names; None: it is a Hub id. Raises ModelError where it is neither."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "runs/")):
+        raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
+    return None
 
 
 def read_toml(path: Path) -> Settings:

@@ -1,13 +1,13 @@
 """Held-out scores: pass@1 (greedy), pass@k (sampled), their 95 % intervals, and the paired gain over another one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lite_trgrpo.policy import Policy, sample_all
+from lite_trgrpo.policy import Policy, sample_all, sample_groups
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.training.packing import by_prompt
@@ -45,15 +45,16 @@ def evaluate(
     *,
     samples: int,
     solved_at: float,
+    told: Callable[[str], None] = lambda how_far: None,
 ) -> dict[str, Any]:
-    """One greedy answer and `samples` sampled ones for each held-out row.
+    """One greedy answer and `samples` sampled ones for each held-out row; `told` hears how far it is.
 
     -> {"pass@1": estimate, "pass@k": estimate (k = samples), "pass@1_sampled": mean over samples, "truncated": share of
     greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
     """
     prompts = [prompt for _, prompt in heldout]
-    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True))
-    sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples)) if samples else None
+    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), told)
+    sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples), told) if samples else None
     rows: list[dict[str, Any]] = []
     for i, (example, _) in enumerate(heldout):
         completion = greedy[i].completions[0]
@@ -86,10 +87,13 @@ def _answers(
     prompts: Sequence[Prompt],
     scorer: Scorer,
     sampling: Sampling,
+    told: Callable[[str], None],
 ) -> list[Group]:
-    completions = sample_all(policy, prompts, sampling)
-    groups = [Group(e, p, c) for (e, p), c in zip(heldout, completions, strict=True)]
-    return scorer.score(groups)
+    found: dict[int, Group] = {}
+    for p, completions in sample_groups(policy, prompts, sampling):
+        found[p] = Group(*heldout[p], completions)
+        told(f"{'greedy' if sampling.greedy else 'sampled'} {len(found)} of {len(prompts)}")
+    return scorer.score([found[p] for p in range(len(prompts))])
 
 
 @torch.no_grad()

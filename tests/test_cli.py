@@ -370,7 +370,9 @@ def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_i
 
 
 @pytest.mark.parametrize(("command", "rest"), [("eval", ()), ("chat", (False,))])
-def test_an_adapter_can_be_named(session, command, rest):
+def test_an_adapter_can_be_named(session, command, rest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs", "demo", "adapter").mkdir(parents=True)
     assert call(command, "--preset", "demo", "--adapter", "runs/demo/adapter").exit_code == 0
     assert session == [(command, options.load("demo", named={"model.adapter": "runs/demo/adapter"}), *rest)]
 
@@ -480,9 +482,11 @@ def test_an_adapter_in_a_runs_folder_brings_its_options(monkeypatch, run_folder)
 
     monkeypatch.setattr(sessions, "evaluate", evaluate)
     adapter = str(run_folder / "adapter")
+    (run_folder / "adapter").mkdir()
     assert call("eval", "--adapter", adapter, "--set", "eval.rows=3").exit_code == 0
     own = options.load(file=run_folder / "config.toml")
     assert seen[0] == own.changed("model", adapter=adapter).changed("eval", rows=3)
     assert call("eval", "--preset", "math-1.5b", "--adapter", adapter).exit_code == 0
     assert seen[1].data == options.load("math-1.5b").data
     assert "model.name is not set" in call("eval", "--adapter", "you/adapter").stderr
+    assert "no adapter folder runs/mien/adapter" in call("eval", "--adapter", "runs/mien/adapter").stderr

@@ -141,6 +141,12 @@ def scores(samples: int = 3, rewards=EXACT, solved_at: float = 1.0) -> dict:
     return evaluate(SCRIPT, HELDOUT, rewards, SAMPLING, samples=samples, solved_at=solved_at)
 
 
+def test_how_far_it_is_is_told_prompt_by_prompt():
+    told = []
+    evaluate(SCRIPT, HELDOUT, EXACT, SAMPLING, samples=3, solved_at=1.0, told=told.append)
+    assert told == [f"{kind} {i} of 4" for kind in ("greedy", "sampled") for i in (1, 2, 3, 4)]
+
+
 def test_pass_1_is_the_share_of_solved_greedy_answers():
     assert scores()["pass@1"] == wilson([True, False, True, False])
 

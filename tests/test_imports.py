@@ -60,7 +60,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends.template": ("errors records", ""),
     "backends.weights": ("errors hub", "torch transformers"),
     "backends.loading": ("backends.weights errors options", "bitsandbytes torch transformers"),
-    "backends.lora": ("backends.weights errors hub options", "peft torch"),
+    "backends.lora": ("backends.weights config errors hub options", "peft torch"),
     "backends.groups": ("attention", "torch transformers"),
     "backends.reference": ("policy records rollout.engine", "torch transformers"),
     "backends.network": (

@@ -4,13 +4,13 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.backends.weights import Located
+from lite_trgrpo.config import adapter_folder
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.hub import fetch
 from lite_trgrpo.options import Model
@@ -22,11 +22,8 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
     from peft import PeftModel
 
     if options.adapter is not None:
-        folder = Path(options.adapter).expanduser()
-        if not folder.is_dir():
-            if options.adapter.count("/") != 1 or options.adapter.startswith((".", "runs/")):
-                raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
-            folder = fetch(options.adapter, None, ["*.json", "*.safetensors"], "model.adapter")
+        files = ["*.json", "*.safetensors"]
+        folder = adapter_folder(options.adapter) or fetch(options.adapter, None, files, "model.adapter")
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / file).is_file():
                 hint = f"; of this run give {folder / 'adapter'}" if (folder / "adapter" / file).is_file() else ""

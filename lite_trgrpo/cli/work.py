@@ -145,6 +145,11 @@ def chat(
 
 
 def _of_run(preset: str | None, adapter: str | None) -> Path | None:
-    """The options of the run that an adapter lies in, where no others are given."""
-    file = Path(adapter or "").expanduser().parent / "config.toml"
-    return file if adapter and preset is None and file.is_file() else None
+    """The options of the run that an adapter lies in, where no others are given. An adapter that is nowhere is refused
+    before anything is loaded.
+    """
+    from lite_trgrpo.config import adapter_folder
+
+    folder = adapter_folder(adapter) if adapter else None
+    file = folder.parent / "config.toml" if folder is not None and preset is None else None
+    return file if file is not None and file.is_file() else None

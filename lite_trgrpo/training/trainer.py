@@ -273,6 +273,7 @@ def _evaluate_if_due(job: Job) -> None:
         result = evaluate(
             job.policy, job.heldout, job.scorer, eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,
+            told=lambda how_far: job.listener.doing(f"scoring, {how_far}"),
         )  # fmt: skip
     line: Metrics = {"step": step, **result}
     if job.evaluations:
