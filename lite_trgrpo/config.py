@@ -186,8 +186,9 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         allowed = list(SECTIONS) if len(place) == 1 else list(SECTIONS[place[0]].model_fields)
         kind = "section" if len(place) == 1 else "option"
-        table, dot, entry = place[-1].partition(".")
-        if dot and table in ("functions", "options", "template_options"):
+        table, _, entry = place[-1].partition(".")
+        field = SECTIONS[place[0]].model_fields.get(table) if kind == "option" else None
+        if field is not None and isinstance(field.default, dict):
             whole = f"{place[0]}.{table}={{ {entry} = {json.dumps(item['input'], default=str)} }}"
             return f"'{name}': a table is set as a whole: --set '{whole}'"
         return f"unknown {kind} '{name}'.{nearest(place[-1], allowed)} Allowed: {', '.join(allowed)}"

@@ -6,7 +6,7 @@ No line of this has run on a card yet; a test holds every call against unsloth's
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,16 +104,10 @@ class UnslothPolicy(plain.TransformersPolicy):
             finally:
                 self.adapter_on = True
 
-    def _answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        wanted: Sequence[Sequence[int]],
-        grown: Callable[[Answer], None],
-    ) -> Iterator[Answer]:
-        if not self.vllm:
-            return super()._answers(prompts, sampling, wanted, grown)
-        return self._by_vllm(prompts, sampling, wanted)
+    def _answers(self, *arguments: Any) -> Iterator[Answer]:
+        return (
+            self._by_vllm(*arguments[:3]) if self.vllm else super()._answers(*arguments)
+        )  # it tells no token by itself
 
     def _by_vllm(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, wanted: Sequence[Sequence[int]]

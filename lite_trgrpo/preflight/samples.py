@@ -101,8 +101,8 @@ def _cut_off(facts: Mapping[str, Any], dead: bool, config: Config) -> Finding:
 def _answered_elsewhere(groups: Sequence[Group], scorer: Scorer, config: Config) -> str | None:
     """Another column that answers are right by. What stands in the question is repeated by any base: no sign."""
     for name in findings.other_columns(groups[0].example, config):
-        hidden = [g for g in groups if str(g.example.columns.get(name)) not in g.example.text]
-        scored = scorer.score([replace(g, example=findings.answered_by(g.example, name)) for g in hidden])
+        telling = [g for g in groups if str(g.example.columns.get(name)) not in g.example.text]
+        scored = scorer.score([replace(g, example=findings.answered_by(g.example, name)) for g in telling])
         if sum(value >= config.rewards.solved_at for group in scored for value in first(group)) > CHANCE:
             return name
     return None

@@ -15,7 +15,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if rewards["rows"]:
         yield f"gold     {rewards['accepted']} of {rewards['rows']} accepted, written as {rewards['gold']!r:.60}"
         junk = [f"{kind} {_number(fact['reward'])}" for kind, fact in rewards["junk"].items()]
-        yield f"junk     {', '.join(junk)}"
+        yield f"junk     {', '.join(junk) or 'not graded'}"
     if samples is not None:
         yield (
             f"base     {samples['answers']} answers to {samples['prompts']} prompts: solved {samples['solved']:.1%}, "
