@@ -1,12 +1,13 @@
 # Shorthand for people with make; start.py does the work and its own set-up on every system.
 PYTHON ?= python3
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint size
 
 help:
 	@echo "make demo   a small training run (sets .venv up first)"
 	@echo "make test   the fast tests (sets .venv up first)"
 	@echo "make lint   ruff and mypy"
+	@echo "make size   code lines, longest function and module, options"
 
 demo:
 	$(PYTHON) start.py demo
@@ -19,3 +20,6 @@ lint:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+size:
+	$(PYTHON) benchmarks/size.py

@@ -154,7 +154,8 @@ def demo(args: list) -> int:
 
 def run_tests(args: list) -> int:
     environment("[dev]")
-    return run(PYTHON, "-m", "pytest", "-q", *args)
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadscope"]
+    return run(PYTHON, "-m", "pytest", "-q", *workers, *args)
 
 
 def say(text: str) -> None:
