@@ -6,7 +6,7 @@ PYTHON ?= python3
 help:
 	@echo "make demo   a small training run (sets .venv up first)"
 	@echo "make test   the fast tests (sets .venv up first)"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy, and the direction of imports"
 	@echo "make size   code lines, longest function and module, options"
 
 demo:
@@ -20,6 +20,7 @@ lint:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 size:
 	$(PYTHON) benchmarks/size.py

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from measure import where
 
-from lite_trgrpo import check
-from lite_trgrpo import config as options
+from lite_trgrpo.check import memory
+from lite_trgrpo.config import loading
 
 QWEN25 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768}
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}
@@ -43,9 +43,9 @@ def main() -> None:
     print(f"{where()}\n\npredicted peak (GiB) on cards of {', '.join(map(str, CARDS))} GB; 'no' where nothing fits\n")
     with tempfile.TemporaryDirectory() as folder:
         for preset in SHAPES:
-            config = options.load(preset, named={"model.name": base(Path(folder), preset)})
+            config = loading.load(preset, named={"model.name": base(Path(folder), preset)})
             for size in CARDS:
-                result, _ = check.memory(config, size * 10**9)
+                result, _ = memory.check_memory(config, size * 10**9)
                 parts = "  ".join(f"{name} {size_ / 2**30:.2f}" for name, size_ in result["parts"].items())
                 changes = result["changes"]
                 said = "fits" if result["fits"] else "no" if changes is None else "with " + ", ".join(changes)

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-from lite_trgrpo import config, session
+from lite_trgrpo import session
+from lite_trgrpo.config import loading
 from lite_trgrpo.store.run import Run
 
 FACTOR = 4
@@ -26,10 +27,10 @@ def long_cap(run: Run, adapter: bool) -> dict:
     path = run.folder / ("long-cap.json" if adapter else "long-cap-base.json")
     if not path.exists():
         changes = [
-            f"eval.max_new_tokens={FACTOR * config.load(file=run.folder / 'config.toml').rollout.max_new_tokens}"
+            f"eval.max_new_tokens={FACTOR * loading.load(file=run.folder / 'config.toml').rollout.max_new_tokens}"
         ]
         named = {"model.adapter": str(run.adapter) if adapter else None}
-        options = config.load(None, run.folder / "config.toml", [*changes, "eval.samples=0"], named)
+        options = loading.load(None, run.folder / "config.toml", [*changes, "eval.samples=0"], named)
         path.write_text(json.dumps(session.evaluate(options)), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -56,7 +57,7 @@ def main(folders: list[str]) -> None:
         before, after = run.evaluations()[0], run.evaluations()[-1]
         minutes = sum(line["clock"][k] for line in run.metrics() for k in ("rollout_s", "reward_s", "update_s")) / 60
         print(
-            f"| {config.load(file=run.folder / 'config.toml').train.seed} | {estimate(before['pass@1'])} | "
+            f"| {loading.load(file=run.folder / 'config.toml').train.seed} | {estimate(before['pass@1'])} | "
             f"{estimate(after['pass@1'])} | {estimate(after['gain'])} | {estimate(base['pass@1'])} | "
             f"{estimate(long_cap(run, adapter=True)['pass@1'])} | {after['truncated']:.1%} | {minutes:.1f} |"
         )

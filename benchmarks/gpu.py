@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from measure import PACKAGES, Spent, demo_model, spent
 
-from lite_trgrpo import config as options
-from lite_trgrpo.backends.loading import load_config
-from lite_trgrpo.backends.transformers import TransformersPolicy, load, tokenizer_of
-from lite_trgrpo.memory import Limits, free
-from lite_trgrpo.options import Config
-from lite_trgrpo.plan import Plan, plan
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.check.plan import Plan, plan
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.model.hf import TransformersPolicy, load, tokenizer_of
+from lite_trgrpo.model.loading import load_config
+from lite_trgrpo.model.oom import Limits, free
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.training.optimizer import make_optimizer
 from lite_trgrpo.training.update import prepare_rows, update
@@ -62,7 +62,7 @@ def settings(preset: str, quantization: str, folder: Path, tiny: bool) -> Config
     if tiny:
         size = ["rollout.max_new_tokens=24", "data.max_prompt_tokens=32", "train.prompts_per_step=2"]
     given = [f"model.name={folder}", f"model.quantization={quantization}", f"rollout.cache_mib={CACHE_MIB}", *size]
-    return options.load(preset, overrides=given)
+    return loading.load(preset, overrides=given)
 
 
 def worst_prompts(config: Config, policy: TransformersPolicy) -> list[Prompt]:

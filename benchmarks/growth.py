@@ -20,13 +20,13 @@ import torch
 from measure import groups_of, policy_for, questions, run_update, spent, where
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lite_trgrpo import check
-from lite_trgrpo import config as options
-from lite_trgrpo.backends.lora import add_lora, prepare
-from lite_trgrpo.backends.network import Network
-from lite_trgrpo.backends.transformers import template_at_hand
-from lite_trgrpo.plan import LiveBytes, plan
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.check import memory as memory_check
+from lite_trgrpo.check.plan import LiveBytes, plan
+from lite_trgrpo.config import loading
+from lite_trgrpo.model.hf import template_at_hand
+from lite_trgrpo.model.lora import add_lora, prepare
+from lite_trgrpo.model.network import Network
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Sampling
 
 MIB, PROMPT, ANSWERS = 2**20, 64, 2
@@ -51,7 +51,7 @@ def grown(tokens: int, vocabulary: int) -> None:
         "rollout.group_size": ANSWERS, "rollout.max_new_tokens": tokens, "train.prompts_per_step": 1,
         "train.micro_batch_tokens": PROMPT + ANSWERS * tokens, "model.dtype": "float32",
     }  # fmt: skip
-    config = options.load("demo", named=changes)
+    config = loading.load("demo", named=changes)
     planned = plan(config, shape, torch.float32, PROMPT).update
     model = add_lora(Qwen2ForCausalLM(shape), config.model)
     prepare(model)
@@ -85,11 +85,11 @@ def grown(tokens: int, vocabulary: int) -> None:
 def one(name: str) -> None:
     """A whole step: every answer of full length, as the plan assumes."""
     prompts = questions(2, False)
-    template = template_at_hand(options.load("demo").model)
+    template = template_at_hand(loading.load("demo").model)
     longest = max(len(template.encode(prompt).ids) for prompt in prompts)
     settings = {"train.prompts_per_step": 2, "data.max_prompt_tokens": longest, **SETTINGS[name]}
-    config = options.load("demo", named=settings)
-    planned, _ = check.memory(config, None)
+    config = loading.load("demo", named=settings)
+    planned, _ = memory_check.check_memory(config, None)
     policy = policy_for(
         gradient_checkpointing=config.train.gradient_checkpointing,
         **{key: getattr(config.model, key) for key in ("dtype", "quantization")},

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 import torch
 
-from lite_trgrpo import config
-from lite_trgrpo.backends.transformers import TransformersPolicy, load
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Model, Objective
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Model, Objective
+from lite_trgrpo.model.hf import TransformersPolicy, load
+from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.records import Completion, Example, Group
 from lite_trgrpo.training.update import prepare_rows, update
 
@@ -88,7 +88,7 @@ def middle(runs: list[Spent]) -> Spent:
 
 
 def demo_model(**options: Any) -> Model:
-    return config.load("demo").model.model_copy(update=options)
+    return loading.load("demo").model.model_copy(update=options)
 
 
 def policy_for(gradient_checkpointing: bool = False, **options: Any) -> TransformersPolicy:

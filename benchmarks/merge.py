@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lite_trgrpo.sharing import merge
+from lite_trgrpo.export import merge
 
 WIDTH, INNER, VOCABULARY, LAYERS, RANK = 1536, 8960, 151936, 28, 16
 LINEAR = {

@@ -13,22 +13,25 @@ from pathlib import Path
 
 import torch
 
-from lite_trgrpo import config, data, evaluate, session
-from lite_trgrpo.backends import transformers as backend
-from lite_trgrpo.options import Config
+from lite_trgrpo import build, evaluate
+from lite_trgrpo.build import encode
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.data.examples import load_examples
+from lite_trgrpo.evaluate import eval_sampling
+from lite_trgrpo.model import hf
+from lite_trgrpo.model.packing import by_prompt
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.training import trainer
-from lite_trgrpo.training.packing import by_prompt
 
 
 def scored(options: Config, run: Run, quantization: str, answers=None):
     """-> (evaluation with the adapter on this base, answers as ids, their log-probabilities); its own if none given."""
     model = options.model.model_copy(update={"adapter": str(run.adapter), "quantization": quantization})
-    policy = backend.load(model, seed=0)
-    _, heldout = data.load(options.data, options.eval.rows)
-    encoded, _ = trainer.encode(policy, heldout, options.data.max_prompt_tokens)
-    sampling = trainer.eval_sampling(options)
-    with session.scoring_of(options) as scorer:
+    policy = hf.load(model, seed=0)
+    _, heldout = load_examples(options.data, options.eval.rows)
+    encoded, _ = encode(policy, heldout, options.data.max_prompt_tokens)
+    sampling = eval_sampling(options)
+    with build.scoring_of(options) as scorer:
         result = evaluate.evaluate(policy, encoded, scorer, sampling, samples=0, solved_at=options.rewards.solved_at)
     if answers is None:
         answers = [(prompt.ids, tuple(row["ids"])) for (_, prompt), row in zip(encoded, result["rows"], strict=True)]
@@ -42,7 +45,7 @@ def scored(options: Config, run: Run, quantization: str, answers=None):
 
 def main(folder: str) -> None:
     run = Run.existing(Path(folder))
-    options = config.load(file=run.folder / "config.toml")
+    options = loading.load(file=run.folder / "config.toml")
     if options.model.quantization != "nf4":
         sys.exit(f"{folder} was not trained on nf4: train one with --set model.quantization=nf4")
     quantised, answers, on_nf4 = scored(options, run, "nf4")

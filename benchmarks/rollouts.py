@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
 from torch.profiler import ProfilerActivity, profile
 
-from lite_trgrpo.backends.transformers import TransformersPolicy
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model.hf import TransformersPolicy
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.engine import Engine
 

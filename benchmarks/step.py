@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from measure import Spent, demo_model, groups_of, middle, policy_for, questions, run_update, spent, trl_trainer, where
 
-from lite_trgrpo.attention import Packed
-from lite_trgrpo.backends import network as backend
-from lite_trgrpo.backends.transformers import TransformersPolicy
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model.hf import TransformersPolicy
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Prompt, Sampling
+from lite_trgrpo.rollout.attention import Packed
 
 PROMPTS, GROUP, TOKENS = 2, 8, 64
 KINDS = {"fp32": {"dtype": "float32"}, "bf16": {"dtype": "bfloat16"}}
@@ -125,7 +124,7 @@ def ablation(long: bool, kind: dict[str, Any], repetitions: int) -> None:
     groups = groups_of(encoded, sample_all(policy, encoded, Sampling(GROUP, TOKENS)))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-5)
     network = policy.network
-    merged, head = network.packed_hidden, backend.selected_logprobs
+    merged, head = network.packed_hidden, network.selected_logprobs
 
     def alone(rows: Any) -> Any:
         """Packed, but every answer with its own copy of the prompt."""
@@ -152,7 +151,7 @@ def ablation(long: bool, kind: dict[str, Any], repetitions: int) -> None:
     found: dict[str, list[Spent]] = {name: [] for name in parts}
     network._base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for _ in range(repetitions):
-        for name, (network.by_groups, network.packed_hidden, backend.selected_logprobs) in parts.items():
+        for name, (network.by_groups, network.packed_hidden, network.selected_logprobs) in parts.items():
             for layer, forward in lean.items():
                 layer.forward = forward if list(parts).index(name) >= 4 else forward.args[1]
             network.gradient_checkpointing = name == "+ gradient checkpointing"

@@ -42,12 +42,12 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from lite_trgrpo import config
-from lite_trgrpo.backends.transformers import TransformersPolicy, load
-from lite_trgrpo.memory import Limits
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Model, Objective
+from lite_trgrpo.model.hf import TransformersPolicy, load
+from lite_trgrpo.model.oom import Limits
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.objective import group_advantages
-from lite_trgrpo.options import Model, Objective
-from lite_trgrpo.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Group, Sampling
 from lite_trgrpo.training.update import prepare_rows, update
 
@@ -266,7 +266,7 @@ def main() -> int:
     if parser.parse_args().tiny:
         with tempfile.TemporaryDirectory() as folder:
             return report(tiny(Path(folder)))
-    options = config.load("demo").model.model_copy(update={"device": "cpu", "dtype": "float32"})
+    options = loading.load("demo").model.model_copy(update={"device": "cpu", "dtype": "float32"})
     return report(setting(options, (1, 10**6)))
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from lite_trgrpo import screen
-from lite_trgrpo.config import load
-from lite_trgrpo.panel import Panel
+from lite_trgrpo.config.loading import load
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.store.run import Run
+from lite_trgrpo.terminal import screen
+from lite_trgrpo.terminal.panel import Panel
 
 WIDTH, HEIGHT = 124, 24  # of the terminal that is shown
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from lite_trgrpo.config import MAY_CHANGE, toml_line
-from lite_trgrpo.options import SECTIONS
+from lite_trgrpo.config.loading import MAY_CHANGE, toml_line
+from lite_trgrpo.config.schema import SECTIONS
 
 HEAD = """# Options
 

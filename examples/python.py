@@ -5,10 +5,12 @@ python examples/python.py
 
 from pathlib import Path
 
-from lite_trgrpo import config, data, session
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Config
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo import build
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.data.examples import load_examples
+from lite_trgrpo.model.oom import Limits
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Group, Sampling
 from lite_trgrpo.training.optimizer import make_optimizer
 from lite_trgrpo.training.update import prepare_rows, update
@@ -16,13 +18,13 @@ from lite_trgrpo.training.update import prepare_rows, update
 
 def train(options: Config, steps: int, adapter: Path) -> list[Group]:
     """Some steps of one prompt each; the adapter as plain PEFT in a folder. -> what was sampled and scored."""
-    examples, _ = data.load(options.data, options.eval.rows)
-    policy = session.policy_of(options)
+    examples, _ = load_examples(options.data, options.eval.rows)
+    policy = build.policy_of(options)
     optimizer = make_optimizer(list(policy.trainable().values()), options.train)
     limits = Limits(options.train.micro_batch_tokens, options.rollout.max_rows)
     temperature, cap = options.rollout.temperature, options.rollout.max_new_tokens
     done = []
-    with session.scoring_of(options) as scoring:  # the reward functions, in a process of their own
+    with build.scoring_of(options) as scoring:  # the reward functions, in a process of their own
         for step, example in enumerate(examples[:steps]):
             prompt = policy.encode(example.prompt)
             sampling = Sampling(options.rollout.group_size, cap, temperature, key=(options.train.seed, step))
@@ -41,4 +43,4 @@ def train(options: Config, steps: int, adapter: Path) -> list[Group]:
 
 if __name__ == "__main__":
     easy = ["data.options={ first = [1, 9], second = [1, 9] }", "rollout.max_new_tokens=32"]
-    train(config.load("demo", overrides=easy), steps=4, adapter=Path("runs/python/adapter"))
+    train(loading.load("demo", overrides=easy), steps=4, adapter=Path("runs/python/adapter"))

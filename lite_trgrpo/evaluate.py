@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from lite_trgrpo.policy import Policy, sample_all, sample_groups
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.policy import Policy, sample_all, sample_groups
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Scorer
-from lite_trgrpo.training.packing import by_prompt
 
 Estimate = dict[str, float]
 """A proportion or a difference, with its 95 % interval: value, low, high."""
@@ -109,3 +110,18 @@ def kl_to_base(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, to
             difference += sum(completion.logprobs) - base[i].sum().item()
             tokens += len(completion.ids)
     return difference / tokens
+
+
+EVALUATION = 1  # another
+
+
+def eval_sampling(config: Config) -> Sampling:
+    """Held-out answers are drawn with the same numbers at every evaluation, so that differences are paired."""
+    return Sampling(
+        members=1,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        stop_loops=config.eval.stop_loops,
+        key=(config.data.seed, EVALUATION),
+        **config.rollout.decoding(),
+    )

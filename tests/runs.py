@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from lite_trgrpo import config as options
-from lite_trgrpo.options import Config
-from lite_trgrpo.sharing.probe import answer
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.export.verify import answer
 from lite_trgrpo.store.run import Run
 from tests.tiny import tiny_model_folder
 
@@ -16,19 +16,19 @@ BASE = "tiny/base"
 
 def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> tuple[Run, Config]:
     """The adapter is random, not trained, so that it has an effect; its answers are recorded as a run records them."""
-    from lite_trgrpo.backends import transformers
+    from lite_trgrpo.model import hf
 
     base = tiny_model_folder(folder / "base", kind)
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(4 * rows)))
     settings = {"name": str(base), "upstream": BASE, "lora_rank": 4, **model}
-    config = options.validate({
+    config = loading.validate({
         "model": settings, "data": {"source": str(data)}, "rollout": {"max_new_tokens": 8},
         "eval": {"rows": rows, "samples": 0}, "train": {"steps": 2},
     })  # fmt: skip
     run = Run.vacant(folder / "run")
     run.create()
-    policy = transformers.load(config.model, seed=0)
+    policy = hf.load(config.model, seed=0)
     torch.manual_seed(1)
     for name, parameter in policy.trainable().items():
         noise = 0.1 * torch.randn_like(parameter)

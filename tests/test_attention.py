@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lite_trgrpo import config
-from lite_trgrpo.attention import Packed
-from lite_trgrpo.backends import transformers as backend
-from lite_trgrpo.policy import sample_all, sample_groups
+from lite_trgrpo.config import loading
+from lite_trgrpo.model import hf
+from lite_trgrpo.model.policy import sample_all, sample_groups
 from lite_trgrpo.records import Prompt, Sampling
+from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
 from tests.test_backend import policy_of, relative_error
 from tests.tiny import END, KINDS, PAD, VOCABULARY, tiny_model, tiny_model_folder, tiny_tokenizer
@@ -211,7 +211,7 @@ def test_packed_gradients_of_a_real_model():
 
 def demo_policy():
     """SmolLM2-135M of the preset `demo`, with an adapter that does something."""
-    policy = backend.load(config.load(preset="demo").model, seed=0)
+    policy = hf.load(loading.load(preset="demo").model, seed=0)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():

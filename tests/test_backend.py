@@ -8,12 +8,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
-from lite_trgrpo.backends import transformers as backend
-from lite_trgrpo.backends import weights
-from lite_trgrpo.backends.template import Template
+from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError
-from lite_trgrpo.options import Model
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model import hf, weights
+from lite_trgrpo.model.policy import sample_all
+from lite_trgrpo.model.template import Template
 from lite_trgrpo.records import Sampling
 from tests.tiny import END, KINDS, PAD, tiny_model, tiny_model_folder, tiny_tokenizer
 
@@ -28,7 +27,7 @@ def folders(tmp_path_factory):
 
 def policy_of(folder, *, random_adapter=True, gradient_checkpointing=False, **options):
     """A policy whose adapter already does something (LoRA's B starts at 0)."""
-    policy = backend.load(
+    policy = hf.load(
         Model(name=str(folder), lora_rank=4, **options), seed=1, gradient_checkpointing=gradient_checkpointing
     )
     if random_adapter:
@@ -225,16 +224,16 @@ def test_an_adapter_that_does_not_fit_is_one_clear_error(folders, tmp_path):
     policy_of(folders["qwen2"]).save_adapter(adapter)
     narrow = tiny_model_folder(tmp_path / "narrow", "qwen2", hidden_size=128)
     with pytest.raises(ModelError, match="does not fit"):
-        backend.load(Model(name=str(narrow), adapter=str(adapter)), seed=0)
+        hf.load(Model(name=str(narrow), adapter=str(adapter)), seed=0)
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="does not fit"):
-        backend.load(Model(name=str(folders["qwen2"]), adapter=str(adapter)), seed=0)
+        hf.load(Model(name=str(folders["qwen2"]), adapter=str(adapter)), seed=0)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
-        backend.load(Model(name=str(folders["qwen2"]), adapter=str(adapter)), seed=0)
+        hf.load(Model(name=str(folders["qwen2"]), adapter=str(adapter)), seed=0)
     with pytest.raises(ModelError, match="no adapter folder runs/nothing"):
-        backend.load(Model(name=str(folders["qwen2"]), adapter="runs/nothing"), seed=0)
+        hf.load(Model(name=str(folders["qwen2"]), adapter="runs/nothing"), seed=0)
 
 
 def test_a_gguf_inside_a_wheel_is_found(tmp_path, monkeypatch):
@@ -246,7 +245,7 @@ def test_a_gguf_inside_a_wheel_is_found(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="has no file"):
         weights._in_package(name.replace("tiny", "other"))
     with pytest.raises(ModelError, match="SHA-256"):
-        backend.load(Model(name=f"package:{name}", sha256="0" * 64), seed=0)
+        hf.load(Model(name=f"package:{name}", sha256="0" * 64), seed=0)
 
 
 # -- prompts and end tokens ---------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(folders, tmp_path):
         cases.append(({"name": str(qwen), "device": "cuda"}, "--set model.device=cpu"))
     for options, message in cases:
         with pytest.raises(ModelError) as caught:
-            backend.load(Model(**options), seed=0)
+            hf.load(Model(**options), seed=0)
         assert message in str(caught.value), options
 
 
@@ -384,7 +383,7 @@ def test_logits_scaled_after_the_head_are_noticed(tmp_path):
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="changes its logits after the output head"):
-        backend.load(Model(name=str(tmp_path)), seed=0)
+        hf.load(Model(name=str(tmp_path)), seed=0)
 
 
 def test_soft_capped_logits_are_followed(tmp_path):
@@ -397,7 +396,7 @@ def test_soft_capped_logits_are_followed(tmp_path):
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    policy = backend.load(Model(name=str(tmp_path)), seed=0)
+    policy = hf.load(Model(name=str(tmp_path)), seed=0)
     prompt = policy.encode("2 + 2").ids
     expected, _ = plain_logprobs(policy, prompt, (30, 40, 50), 1.0)
     torch.testing.assert_close(policy.logprobs([(prompt, (30, 40, 50))], 1.0)[0][0], expected, rtol=1e-5, atol=1e-5)

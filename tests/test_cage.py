@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import MissingPackageError, RewardError
 from lite_trgrpo.records import Group
-from lite_trgrpo.rewards import BUILTINS, Cage, failure_counts, load, score, wire
+from lite_trgrpo.rewards import BUILTINS, Cage, failure_counts, load, score, serialization
 from lite_trgrpo.rewards.process import environment
 from tests.test_rewards import group
 
@@ -130,9 +130,9 @@ def test_a_group_is_scored_while_the_caller_goes_on(own: str) -> None:
     Decimal("1.10"), b"\x00\xff", date(2026, 11, 22), datetime(2026, 11, 22, 1, 2, 3, 4),
 ])  # fmt: skip
 def test_columns_cross_the_pipe_unchanged(value: Any) -> None:
-    line = wire.dumps(wire.pack(value))
+    line = serialization.dumps(serialization.pack(value))
     assert line.count(b"\n") == 1
-    back = wire.unpack(wire.loads(line))
+    back = serialization.unpack(serialization.loads(line))
     assert back == value and repr(back) == repr(value)
 
 
@@ -145,7 +145,7 @@ def test_rows_of_every_reasoning_gym_task_cross_the_pipe_unchanged() -> None:
 
     for task in sorted(set(DATASETS) - {"composite"}):
         row = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
-        assert wire.unpack(wire.loads(wire.dumps(wire.pack(row)))) == row, task
+        assert serialization.unpack(serialization.loads(serialization.dumps(serialization.pack(row)))) == row, task
 
 
 def test_a_column_that_cannot_be_sent_is_named(own: str) -> None:

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo.chat import spoken
 from lite_trgrpo.cli import app
 from lite_trgrpo.records import Completion, Prompt, Sampling
 from lite_trgrpo.rollout.engine import Answer
+from lite_trgrpo.terminal.chat import spoken
 from tests.tiny import END, tiny_model_folder, tiny_tokenizer
 
 SAMPLING = Sampling(1, 40, temperature=1.0, key=(1,))
@@ -67,11 +67,11 @@ def test_what_a_decoder_takes_back_is_printed_whole_at_the_end():
 
 
 def test_streaming_changes_no_answer(tmp_path):
-    from lite_trgrpo.backends import transformers
-    from lite_trgrpo.options import Model
-    from lite_trgrpo.policy import sample_all
+    from lite_trgrpo.config.schema import Model
+    from lite_trgrpo.model import hf
+    from lite_trgrpo.model.policy import sample_all
 
-    policy = transformers.load(Model(name=str(tiny_model_folder(tmp_path / "model"))), seed=0)
+    policy = hf.load(Model(name=str(tiny_model_folder(tmp_path / "model"))), seed=0)
     prompt, pieces = policy.encode("3 + 4"), []
     answer = spoken(policy, prompt, SAMPLING, pieces.append)
     assert answer == sample_all(policy, [prompt], SAMPLING)[0][0]
@@ -81,11 +81,11 @@ def test_streaming_changes_no_answer(tmp_path):
 @pytest.fixture
 def chat(tiny_config, tmp_path):
     """An adapter that changes answers, and a way to chat with it."""
-    from lite_trgrpo import config as options
-    from lite_trgrpo.backends import transformers
+    from lite_trgrpo.config import loading
+    from lite_trgrpo.model import hf
 
-    config = options.load(file=tiny_config)
-    policy = transformers.load(config.model, seed=0)
+    config = loading.load(file=tiny_config)
+    policy = hf.load(config.model, seed=0)
     for parameter in policy.trainable().values():
         parameter.data.normal_(std=0.2)
     policy.save_adapter(tmp_path / "adapter")
@@ -136,9 +136,10 @@ def test_gold_without_an_answer_asks_for_one(chat):
 
 
 def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(capsys, tmp_path):
-    from lite_trgrpo import chat, session
-    from lite_trgrpo.config import load
+    from lite_trgrpo import build
+    from lite_trgrpo.config.loading import load
     from lite_trgrpo.records import Example, Group
+    from lite_trgrpo.terminal import chat
 
     file = tmp_path / "own.py"
     file.write_text(
@@ -147,19 +148,20 @@ def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(caps
     config = load("demo", overrides=["data.answer=res", f"rewards.functions={{'{file}:same' = 1.0}}"])
     answer = Completion((5,), (True,), (0.0,), "17", True)
     last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
-    with session.scoring_of(config) as scorer:
+    with build.scoring_of(config) as scorer:
         chat._score(scorer, config, "adapter", last, "17")
     assert capsys.readouterr().out.endswith(": solved\n")
 
 
 @pytest.mark.parametrize(("gold", "verdict"), [("17", "solved"), ("18", "not solved")])
 def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
-    from lite_trgrpo import chat, session
-    from lite_trgrpo.config import load
+    from lite_trgrpo import build
+    from lite_trgrpo.config.loading import load
     from lite_trgrpo.records import Example, Group
+    from lite_trgrpo.terminal import chat
 
     answer = Completion((5,), (True,), (0.0,), "9 + 8 = 17", True)
     last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
-    with session.scoring_of(load("demo")) as scorer:
+    with build.scoring_of(load("demo")) as scorer:
         chat._score(scorer, load("demo"), "adapter", last, gold)
     assert capsys.readouterr().out == f"adapter: reward {int(gold == '17')} (number {int(gold == '17')}): {verdict}\n"

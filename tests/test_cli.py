@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from lite_trgrpo import __version__
-from lite_trgrpo import config as options
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.store import checkpoint
 from tests.toy import ToyPolicy
@@ -40,12 +40,13 @@ def words(text: str) -> str:
 @pytest.fixture
 def session(monkeypatch, tmp_path):
     """The commands' own work replaced: what each was called with, in order."""
-    from lite_trgrpo import chat, session
+    from lite_trgrpo import session
     from lite_trgrpo.store.run import Run
+    from lite_trgrpo.terminal import chat
 
     calls = []
     monkeypatch.setattr(session, "train", lambda *given: calls.append(("train", *given)) or Run(tmp_path))
-    monkeypatch.setattr(chat, "chat", lambda *given: calls.append(("chat", *given)))
+    monkeypatch.setattr(chat, "converse", lambda *given: calls.append(("chat", *given)))
     monkeypatch.setattr(session, "evaluate", lambda *given: calls.append(("eval", *given)) or SCORES)
     return calls
 
@@ -160,7 +161,7 @@ def test_all_problems_come_at_once_one_a_line():
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "chat.chat")]
+    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "terminal.chat.converse")]
 )
 def test_ctrl_c_exits_with_130(monkeypatch, command, name):
     def interrupted(*given):
@@ -172,7 +173,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, command, name):
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "chat.chat")]
+    ("command", "name"), [("train", "session.train"), ("eval", "session.evaluate"), ("chat", "terminal.chat.converse")]
 )
 def test_a_failure_inside_a_command_is_one_message(monkeypatch, command, name):
     def failing(*given):
@@ -227,7 +228,7 @@ def test_an_evaluation_of_no_rows_says_what_to_change(monkeypatch):
 def test_a_dry_run_prints_the_resolved_options_and_nothing_else():
     result = call("train", "--preset", "demo", "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == options.to_toml(options.load("demo"))
+    assert result.stdout == loading.to_toml(loading.load("demo"))
 
 
 def test_a_dry_run_honours_file_overrides_and_flags_in_this_order(tmp_path):
@@ -238,7 +239,7 @@ def test_a_dry_run_honours_file_overrides_and_flags_in_this_order(tmp_path):
         "--seed", "0", "--dry-run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    expected = tomllib.loads(options.to_toml(options.load("demo")))
+    expected = tomllib.loads(loading.to_toml(loading.load("demo")))
     expected["train"] |= {"steps": 9, "learning_rate": 1e-3, "warmup_steps": 2, "seed": 0}
     assert tomllib.loads(result.stdout) == expected
 
@@ -253,10 +254,10 @@ def test_an_objective_is_laid_over_the_preset_and_under_what_is_set(tmp_path):
 
 def test_what_a_dry_run_prints_is_a_config_file(tmp_path):
     (tmp_path / "own.toml").write_text(call("train", "--preset", "demo", "--steps", "3", "--dry-run").stdout)
-    assert options.load(file=tmp_path / "own.toml") == options.load("demo", named={"train.steps": 3})
+    assert loading.load(file=tmp_path / "own.toml") == loading.load("demo", named={"train.steps": 3})
 
 
-@pytest.mark.parametrize("name", options.presets())
+@pytest.mark.parametrize("name", loading.presets())
 def test_every_preset_dry_runs(name):
     assert call("train", "--preset", name, "--dry-run").exit_code == 0
 
@@ -265,7 +266,7 @@ def test_the_run_folder_is_the_one_asked_for_or_named_after_the_preset_and_the_t
     assert call("train", "--preset", "demo", "--output", "here").exit_code == 0
     assert call("train", "--preset", "demo").exit_code == 0
     (_, config, output, resume, *_), (_, _, default, *_) = session
-    assert (config, output, resume) == (options.load("demo"), Path("here"), None)
+    assert (config, output, resume) == (loading.load("demo"), Path("here"), None)
     assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", default.as_posix())
 
 
@@ -283,7 +284,7 @@ def test_how_a_run_is_shown(session, flags, show):
 @pytest.fixture
 def run_folder(tmp_path):
     """A run of 5 steps that was killed before its first checkpoint."""
-    (tmp_path / "config.toml").write_text(options.to_toml(options.load("demo", named={"train.steps": 5})))
+    (tmp_path / "config.toml").write_text(loading.to_toml(loading.load("demo", named={"train.steps": 5})))
     return tmp_path
 
 
@@ -291,7 +292,7 @@ def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, 
     assert call("train", "--resume", str(run_folder)).exit_code == 0
     assert call("train", "--resume", str(run_folder), "--steps", "9").exit_code == 0
     assert [(config.train.steps, resume) for _, config, _, resume, *_ in session] == [(5, run_folder), (9, run_folder)]
-    assert session[0][1] == options.load("demo", named={"train.steps": 5})
+    assert session[0][1] == loading.load("demo", named={"train.steps": 5})
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(sess
     for age, name in enumerate(["new", "old", "done"]):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.toml").write_text(options.to_toml(options.load("demo")))
+        (folder / "config.toml").write_text(loading.to_toml(loading.load("demo")))
         os.utime(folder / "config.toml", (1e9 - age, 1e9 - age))
     model = torch.nn.Linear(1, 1)
     parameters = dict(model.named_parameters())
@@ -374,7 +375,7 @@ def test_an_adapter_can_be_named(session, command, rest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs", "demo", "adapter").mkdir(parents=True)
     assert call(command, "--preset", "demo", "--adapter", "runs/demo/adapter").exit_code == 0
-    assert session == [(command, options.load("demo", named={"model.adapter": "runs/demo/adapter"}), *rest)]
+    assert session == [(command, loading.load("demo", named={"model.adapter": "runs/demo/adapter"}), *rest)]
 
 
 def test_a_comparison_needs_an_adapter(session):
@@ -398,9 +399,9 @@ def test_presets_are_listed_with_base_and_licence():
     result = call("presets", "list")
     assert (result.exit_code, result.stderr) == (0, "")
     heads = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert len(heads) == len(options.presets())
-    for line, name in zip(heads, options.presets(), strict=True):
-        model = options.load(name).model
+    assert len(heads) == len(loading.presets())
+    for line, name in zip(heads, loading.presets(), strict=True):
+        model = loading.load(name).model
         assert line.split() == [name, model.upstream or model.name, "(Apache-2.0)"]
     for word in ("teaches", "card", "time"):
         assert len(re.findall(rf"(?m)^ +{word}: \S", result.stdout)) == len(heads)
@@ -410,21 +411,21 @@ def test_objectives_are_listed_with_formula_and_source():
     result = call("presets", "list", "--objectives")
     assert (result.exit_code, result.stderr) == (0, "")
     heads = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert heads == list(options.objectives())
-    for path in options.objectives().values():
-        assert options.head_comment(path)["formula"] in result.stdout
+    assert heads == list(loading.objectives())
+    for path in loading.objectives().values():
+        assert loading.head_comment(path)["formula"] in result.stdout
 
 
-@pytest.mark.parametrize("name", options.objectives())
+@pytest.mark.parametrize("name", loading.objectives())
 def test_an_objective_is_shown_as_it_stands(name):
     result = call("presets", "show", name)
-    assert (result.exit_code, result.stdout) == (0, options.objective_path(name).read_text(encoding="utf-8"))
+    assert (result.exit_code, result.stdout) == (0, loading.objective_path(name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", options.presets())
+@pytest.mark.parametrize("name", loading.presets())
 def test_a_preset_is_shown_as_it_stands(name):
     result = call("presets", "show", name)
-    assert (result.exit_code, result.stdout) == (0, options.preset_path(name).read_text(encoding="utf-8"))
+    assert (result.exit_code, result.stdout) == (0, loading.preset_path(name).read_text(encoding="utf-8"))
 
 
 # -- the docs -----------------------------------------------------------------------------------------------
@@ -463,8 +464,8 @@ def test_a_command_in_the_docs_is_one_that_exists(monkeypatch, command):
     names = {
         option: arguments[arguments.index(option) + 1] for option in ("--preset", "--objective") if option in arguments
     }
-    assert names.get("--preset", "NAME") in {*options.presets(), "NAME"}
-    assert names.get("--objective", "NAME") in {*options.objectives(), "NAME"}
+    assert names.get("--preset", "NAME") in {*loading.presets(), "NAME"}
+    assert names.get("--objective", "NAME") in {*loading.objectives(), "NAME"}
     if arguments[0] == "train" and "--resume" not in arguments and "NAME" not in arguments:
         result = call(*arguments, "--dry-run")
         assert result.exit_code == 0, result.stderr
@@ -484,9 +485,9 @@ def test_an_adapter_in_a_runs_folder_brings_its_options(monkeypatch, run_folder)
     adapter = str(run_folder / "adapter")
     (run_folder / "adapter").mkdir()
     assert call("eval", "--adapter", adapter, "--set", "eval.rows=3").exit_code == 0
-    own = options.load(file=run_folder / "config.toml")
+    own = loading.load(file=run_folder / "config.toml")
     assert seen[0] == own.changed("model", adapter=adapter).changed("eval", rows=3)
     assert call("eval", "--preset", "math-1.5b", "--adapter", adapter).exit_code == 0
-    assert seen[1].data == options.load("math-1.5b").data
+    assert seen[1].data == loading.load("math-1.5b").data
     assert "model.name is not set" in call("eval", "--adapter", "you/adapter").stderr
     assert "no adapter folder runs/mien/adapter" in call("eval", "--adapter", "runs/mien/adapter").stderr

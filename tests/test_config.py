@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from lite_trgrpo import config as options
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Config, Section
 from lite_trgrpo.errors import ConfigError
-from lite_trgrpo.options import Config, Section
 
-PACKAGE = Path(options.__file__).parent
-PRESETS = list(options.presets())
-ALL = [(section, key) for section, model in options.SECTIONS.items() for key in model.model_fields]
+PACKAGE = Path(loading.__file__).parent.parent
+PRESETS = list(loading.presets())
+ALL = [(section, key) for section, model in loading.SECTIONS.items() for key in model.model_fields]
 MINIMAL = ["model.name=toy", "data.source=toy.jsonl"]
 
 
@@ -31,7 +31,7 @@ def toml(tmp_path):
 def problems(*overrides: str) -> list[str]:
     """The lines of the error that a run with these overrides ends with."""
     with pytest.raises(ConfigError) as caught:
-        options.load(overrides=[*MINIMAL, *overrides])
+        loading.load(overrides=[*MINIMAL, *overrides])
     return str(caught.value).splitlines()
 
 
@@ -41,46 +41,46 @@ def problems(*overrides: str) -> list[str]:
 def test_each_layer_wins_over_the_one_before(toml):
     """Layer by layer over one option: default 200, the preset's own, file 7, --set 8, named flag 9."""
     layers = {"preset": "demo", "file": toml("[train]\nsteps = 7\n"), "overrides": ["train.steps=8"]}
-    given, found = {}, [options.load(overrides=MINIMAL).train.steps]
+    given, found = {}, [loading.load(overrides=MINIMAL).train.steps]
     for name, value in [*layers.items(), ("named", {"train.steps": 9})]:
         given[name] = value
-        found.append(options.load(**given).train.steps)
-    preset = tomllib.loads(options.preset_path("demo").read_text(encoding="utf-8"))["train"]["steps"]
+        found.append(loading.load(**given).train.steps)
+    preset = tomllib.loads(loading.preset_path("demo").read_text(encoding="utf-8"))["train"]["steps"]
     assert preset not in (200, 7, 8, 9)
     assert found == [200, preset, 7, 8, 9]
 
 
 def test_a_layer_leaves_alone_what_it_does_not_name(toml):
-    config = options.load("demo", toml("[train]\nseed = 5\n"), ["train.warmup_steps=3"], {"train.steps": 2})
-    assert config.train == options.load("demo").train.model_copy(update={"seed": 5, "warmup_steps": 3, "steps": 2})
-    assert config.model == options.load("demo").model
+    config = loading.load("demo", toml("[train]\nseed = 5\n"), ["train.warmup_steps=3"], {"train.steps": 2})
+    assert config.train == loading.load("demo").train.model_copy(update={"seed": 5, "warmup_steps": 3, "steps": 2})
+    assert config.model == loading.load("demo").model
 
 
 def test_of_two_overrides_the_later_wins():
-    assert options.load("demo", overrides=["train.steps=3", "train.steps=4"]).train.steps == 4
+    assert loading.load("demo", overrides=["train.steps=3", "train.steps=4"]).train.steps == 4
 
 
 def test_a_named_flag_that_was_not_given_changes_nothing():
-    assert options.load("demo", named={"train.steps": None, "model.adapter": None}) == options.load("demo")
+    assert loading.load("demo", named={"train.steps": None, "model.adapter": None}) == loading.load("demo")
 
 
 def test_zero_is_a_value_and_not_a_flag_that_was_not_given():
-    assert options.load("demo", overrides=["train.seed=3"], named={"train.seed": 0}).train.seed == 0
+    assert loading.load("demo", overrides=["train.seed=3"], named={"train.seed": 0}).train.seed == 0
 
 
 @pytest.mark.parametrize("by", ["file", "set"])
 def test_a_table_is_replaced_as_a_whole(by, toml):
     """The demo scores with `number`; who asks for `exact` alone must not get both."""
     if by == "file":
-        config = options.load("demo", toml("[rewards]\nfunctions = { exact = 0.5 }\n"))
+        config = loading.load("demo", toml("[rewards]\nfunctions = { exact = 0.5 }\n"))
     else:
-        config = options.load("demo", overrides=["rewards.functions={exact = 0.5}"])
+        config = loading.load("demo", overrides=["rewards.functions={exact = 0.5}"])
     assert config.rewards.functions == {"exact": 0.5}
 
 
 def test_loading_does_not_change_the_defaults():
-    options.load("demo", overrides=["data.options={first = [1, 2]}"]).data.options["first"] = None
-    assert options.load("demo").data.options == {}
+    loading.load("demo", overrides=["data.options={first = [1, 2]}"]).data.options["first"] = None
+    assert loading.load("demo").data.options == {}
 
 
 # -- values of --set ----------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_loading_does_not_change_the_defaults():
     ],
 )
 def test_an_override_is_toml_and_what_is_no_toml_is_a_string(text, value):
-    section, key, got = options.parse_override(text)
+    section, key, got = loading.parse_override(text)
     assert (got, type(got)) == (value, type(value))
     assert f"{section}.{key}" == text.partition("=")[0].strip()
 
@@ -120,15 +120,15 @@ def test_an_override_is_toml_and_what_is_no_toml_is_a_string(text, value):
     [("train.learning_rate=.5", 0.5), ("train.learning_rate=1", 1.0), ("train.gradient_checkpointing=True", True)],
 )
 def test_numbers_and_booleans_arrive_in_the_type_of_the_option(override, value):
-    section, key, _ = options.parse_override(override)
-    got = getattr(getattr(options.load("demo", overrides=[override]), section), key)
+    section, key, _ = loading.parse_override(override)
+    got = getattr(getattr(loading.load("demo", overrides=[override]), section), key)
     assert (got, type(got)) == (value, type(value))
 
 
 @pytest.mark.parametrize("text", ["train.steps", "step=3", "=3", ".steps=3", "train.=3", ""])
 def test_an_override_in_another_form_says_how_it_is_written(text):
     with pytest.raises(ConfigError, match=r"--set .* is not section\.key=value, e\.g\. --set train\.learning_rate="):
-        options.parse_override(text)
+        loading.parse_override(text)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
@@ -211,10 +211,10 @@ def test_a_problem_names_the_option_as_it_is_written_and_once():
 @pytest.mark.parametrize("override", ["model.revision=1234567", "data.system=2024-01-01"])
 def test_a_string_that_looks_like_a_number_or_a_date_arrives_or_is_answered_with_the_quotes_to_type(override):
     """A short commit of digits only is TOML for a number; 'input should be a valid string' leaves a person puzzled."""
-    section, key, _ = options.parse_override(override)
+    section, key, _ = loading.parse_override(override)
     value = override.partition("=")[2]
     try:
-        config = options.load("demo", overrides=[override])
+        config = loading.load("demo", overrides=[override])
     except ConfigError as error:
         assert f'"{value}"' in str(error).partition(":")[2], error
     else:
@@ -224,7 +224,7 @@ def test_a_string_that_looks_like_a_number_or_a_date_arrives_or_is_answered_with
 def test_all_problems_are_reported_at_once_one_a_line(toml):
     file = toml("[train]\nsteps = -1\nlearning_rat = 1\n\n[rollout]\ngroup_size = 1\n\n[trainer]\nsteps = 1\n")
     with pytest.raises(ConfigError) as caught:
-        options.load(None, file, ["model.lora_dropout=0.5", "data.source=x.jsonl"])
+        loading.load(None, file, ["model.lora_dropout=0.5", "data.source=x.jsonl"])
     lines = str(caught.value).splitlines()
     for start in (
         "model.name is not set", "model.lora_dropout = 0.5", "train.steps = -1", "unknown option 'train.learning_rat'",
@@ -250,7 +250,7 @@ UNSET = (
 )
 def test_what_has_no_default_says_what_to_type(given, lines):
     with pytest.raises(ConfigError) as caught:
-        options.load(overrides=given)
+        loading.load(overrides=given)
     assert str(caught.value).splitlines() == lines
 
 
@@ -264,31 +264,31 @@ def test_what_has_no_default_says_what_to_type(given, lines):
 )
 def test_a_broken_file_says_where(toml, text, message):
     with pytest.raises(ConfigError, match=message):
-        options.load("demo", toml(text))
+        loading.load("demo", toml(text))
 
 
 def test_a_file_that_is_not_utf8_is_no_traceback(tmp_path):
     (tmp_path / "own.toml").write_bytes(b"[data]\nsystem = '\xff'\n")
     with pytest.raises(ConfigError, match=r"own\.toml is not valid TOML"):
-        options.load("demo", tmp_path / "own.toml")
+        loading.load("demo", tmp_path / "own.toml")
 
 
 def test_data_in_the_place_of_a_config_leads_to_init(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"q": 1}\n')
     with pytest.raises(ConfigError, match=r"lite-trgrpo init .*own\.jsonl"):
-        options.load("demo", tmp_path / "own.jsonl")
+        loading.load("demo", tmp_path / "own.jsonl")
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])
 def test_a_file_that_cannot_be_read_says_so(tmp_path, name):
     with pytest.raises(ConfigError, match=r"cannot read config .*\. Give an existing \.toml file"):
-        options.load("demo", tmp_path / name)
+        loading.load("demo", tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "meant"), [("dmo", " Did you mean 'demo'?"), ("Math-4b", " Did you mean 'math-4b'?")])
 def test_an_unknown_preset_is_answered_with_the_nearest_and_all(name, meant):
     with pytest.raises(ConfigError) as caught:
-        options.load(name)
+        loading.load(name)
     assert str(caught.value) == f"no preset '{name}'.{meant} There are: {', '.join(PRESETS)}"
 
 
@@ -303,7 +303,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest_and_all(name, meant):
     ],
 )
 def test_nearest_says_nothing_where_nothing_is_near(word, allowed, text):
-    assert options.nearest(word, allowed) == text
+    assert loading.nearest(word, allowed) == text
 
 
 # -- presets ------------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_the_demo_is_among_the_presets_in_the_order_of_names():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_loads_and_says_who_it_is_for(name):
-    head = options.head_comment(options.preset_path(name))
-    config = options.load(name)
+    head = loading.head_comment(loading.preset_path(name))
+    config = loading.load(name)
     assert {"teaches", "base", "licence", "card", "time"} <= head.keys()
     assert all(head.values())
     assert head["licence"] == "Apache-2.0"
@@ -326,29 +326,29 @@ def test_every_preset_loads_and_says_who_it_is_for(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_head_of_a_preset_names_the_packages_that_it_needs(name):
-    source = options.load(name).data.source
-    needs = options.head_comment(options.preset_path(name)).get("needs", "")
+    source = loading.load(name).data.source
+    needs = loading.head_comment(loading.preset_path(name)).get("needs", "")
     assert ("lite-trgrpo[data]" in needs) == (not source.startswith("builtin:"))
 
 
-@pytest.mark.parametrize("name", options.objectives())
+@pytest.mark.parametrize("name", loading.objectives())
 def test_every_objective_loads_over_every_preset_and_says_what_it_is(name):
-    head = options.head_comment(options.objective_path(name))
+    head = loading.head_comment(loading.objective_path(name))
     assert all(head.get(key) for key in ("what", "formula", "source"))
     for preset in PRESETS:
-        config = options.load(preset, objective=name)
-        assert list(config.rewards.functions)[: len(options.load(preset).rewards.functions)] == list(
-            options.load(preset).rewards.functions
+        config = loading.load(preset, objective=name)
+        assert list(config.rewards.functions)[: len(loading.load(preset).rewards.functions)] == list(
+            loading.load(preset).rewards.functions
         )
-        assert config.model == options.load(preset).model
+        assert config.model == loading.load(preset).model
 
 
 def test_an_objective_lies_over_preset_and_file_and_under_set(toml):
     """It is a named choice: a run's whole config.toml must not cancel it. dr-grpo aggregates by a constant."""
     file = toml('[objective]\naggregation = "token"\nweights = "centred"\n')
-    found = [options.load("demo", objective="dr-grpo")]
-    found.append(options.load("demo", file, objective="dr-grpo"))
-    found.append(options.load("demo", file, ["objective.aggregation=sequence"], objective="dr-grpo"))
+    found = [loading.load("demo", objective="dr-grpo")]
+    found.append(loading.load("demo", file, objective="dr-grpo"))
+    found.append(loading.load("demo", file, ["objective.aggregation=sequence"], objective="dr-grpo"))
     assert [config.objective.aggregation for config in found] == ["constant", "constant", "sequence"]
     assert {config.objective.advantage for config in found} == {"dr-grpo"}
     assert {config.objective.weights for config in found} == {"none"}
@@ -356,20 +356,20 @@ def test_an_objective_lies_over_preset_and_file_and_under_set(toml):
 
 def test_a_recipes_reward_comes_beside_those_of_the_run(toml):
     file = toml('[data]\nsource = "x.jsonl"\n[model]\nname = "m"\n')
-    assert options.load(None, file, objective="dapo").rewards.functions == {"exact": 1.0, "overlong": 1.0}
+    assert loading.load(None, file, objective="dapo").rewards.functions == {"exact": 1.0, "overlong": 1.0}
     own = toml("[rewards]\nfunctions = { math = 2.0 }\n")
-    assert list(options.load("demo", own, objective="dapo").rewards.functions) == ["math", "overlong"]
+    assert list(loading.load("demo", own, objective="dapo").rewards.functions) == ["math", "overlong"]
 
 
-@pytest.mark.parametrize("name", options.objectives())
+@pytest.mark.parametrize("name", loading.objectives())
 def test_an_objective_can_be_used_with_a_reward_of_ones_own(toml, name):
     """A recipe may bring a reward and its options; a file that names other rewards must not clash with them."""
-    options.load("demo", toml("[rewards]\nfunctions = { exact = 1.0 }\n"), objective=name)
+    loading.load("demo", toml("[rewards]\nfunctions = { exact = 1.0 }\n"), objective=name)
 
 
 def test_a_head_comment_may_run_over_lines(toml):
     path = toml("# Teaches: a thing\n#          and another.\n# Card:    6 GB\n\n# Late: not in the head\n[train]\n")
-    assert options.head_comment(path) == {"teaches": "a thing and another.", "card": "6 GB"}
+    assert loading.head_comment(path) == {"teaches": "a thing and another.", "card": "6 GB"}
 
 
 # -- writing ------------------------------------------------------------------------------------------------
@@ -377,24 +377,24 @@ def test_a_head_comment_may_run_over_lines(toml):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_written_preset_reads_back_equal(name, toml):
-    config = options.load(name)
-    assert options.load(file=toml(options.to_toml(config))) == config
+    config = loading.load(name)
+    assert loading.load(file=toml(loading.to_toml(config))) == config
 
 
 def test_every_kind_of_value_reads_back_equal(toml):
-    config = options.load("demo", overrides=[
+    config = loading.load("demo", overrides=[
         'model.prompt_format="Q: {prompt}\\n\\"A\\": \\\\ é"', 'model.lora_targets=["q_proj"]',
         "model.template_options={enable_thinking = false}", "data.options={first = [1, 2], deep = {x = [{y = 1.5}]}}",
         "rewards.functions={number = 1, 'own.py:my reward' = -0.5}", "rewards.options={'own.py:my reward' = {a = ''}}",
         "train.learning_rate=1.2345678901234567e-7", "rewards.on_failure=-1", "rewards.memory=1.5 gb",
         "eval.max_new_tokens=5",
     ])  # fmt: skip
-    assert options.load(file=toml(options.to_toml(config))) == config
+    assert loading.load(file=toml(loading.to_toml(config))) == config
 
 
 def test_options_that_are_unset_have_no_line():
-    written = tomllib.loads(options.to_toml(options.load(overrides=MINIMAL)))
-    unset = {(section, key) for section, key in ALL if options.SECTIONS[section].model_fields[key].default is None}
+    written = tomllib.loads(loading.to_toml(loading.load(overrides=MINIMAL)))
+    unset = {(section, key) for section, key in ALL if loading.SECTIONS[section].model_fields[key].default is None}
     assert ("eval", "max_new_tokens") in unset
     assert {(section, key) for section, values in written.items() for key in values} == set(ALL) - unset
 
@@ -403,24 +403,24 @@ def test_options_that_are_unset_have_no_line():
 
 
 def test_sections_and_config_name_the_same():
-    assert {name: field.annotation for name, field in Config.model_fields.items()} == options.SECTIONS
+    assert {name: field.annotation for name, field in Config.model_fields.items()} == loading.SECTIONS
 
 
 @pytest.mark.parametrize(("section", "key"), ALL)
 def test_every_option_has_a_description(section, key):
-    description = options.SECTIONS[section].model_fields[key].description
+    description = loading.SECTIONS[section].model_fields[key].description
     assert description and len(description) >= 8
     assert not description.endswith(".")
 
 
-@pytest.mark.parametrize("section", options.SECTIONS)
+@pytest.mark.parametrize("section", loading.SECTIONS)
 def test_every_section_has_a_description_of_its_own(section):
-    assert options.SECTIONS[section].__doc__ not in (None, "", Section.__doc__)
+    assert loading.SECTIONS[section].__doc__ not in (None, "", Section.__doc__)
 
 
 def test_a_description_stands_nowhere_else_in_the_package():
-    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "options.py"}
-    descriptions = [options.SECTIONS[section].model_fields[key].description or "" for section, key in ALL]
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py") if path.name != "schema.py"}
+    descriptions = [loading.SECTIONS[section].model_fields[key].description or "" for section, key in ALL]
     assert not [(d, path.name) for d in descriptions if len(d) > 25 for path, text in texts.items() if d in text]
 
 
@@ -428,7 +428,7 @@ def test_every_option_is_read_by_the_code():
     """An option that nothing reads would promise what does not happen. Only lora_dropout is there to be refused."""
     read = {
         node.attr
-        for path in PACKAGE.rglob("*.py") if path.name != "options.py"
+        for path in PACKAGE.rglob("*.py") if path.name != "schema.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
     }  # fmt: skip
     assert [f"{section}.{key}" for section, key in ALL if key not in read] == ["model.lora_dropout"]
@@ -436,7 +436,7 @@ def test_every_option_is_read_by_the_code():
 
 def test_the_paper_is_the_default():
     """alpha 2, kappa 9 (its tau), w in [1, 1.4], both epsilons 0.2, temperature 1, no top-p."""
-    config = options.load(overrides=MINIMAL)
+    config = loading.load(overrides=MINIMAL)
     objective = config.objective
     assert (objective.weights, objective.alpha, objective.kappa) == ("offset", 2.0, 9.0)
     assert (objective.low, objective.high, objective.clip_low, objective.clip_high) == (1.0, 1.4, 0.2, 0.2)
@@ -447,4 +447,4 @@ def test_the_paper_is_the_default():
 
 def test_a_config_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
-        options.load("demo").train.steps = 3
+        loading.load("demo").train.steps = 3

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lite_trgrpo import data
+from lite_trgrpo.config.schema import Data
+from lite_trgrpo.data import sources
+from lite_trgrpo.data.examples import batch, load_examples, read_examples
 from lite_trgrpo.errors import DataError, MissingPackageError
-from lite_trgrpo.options import Data
 
 ROWS = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 3?", "answer": "5"}, {"prompt": "4 + 4?", "answer": "8"}]
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow (extra: data)")
@@ -35,7 +36,7 @@ def file(tmp_path, monkeypatch):
 
 
 def read(source: str, **options):
-    return data.examples(Data(source=source, **options), source, "train")
+    return read_examples(Data(source=source, **options), source, "train")
 
 
 def refusal(source: str, **options) -> str:
@@ -263,7 +264,7 @@ def repeated(count: int = 40) -> list[dict]:
 
 @pytest.mark.parametrize("eval_rows", [1, 7, 20])
 def test_no_held_out_prompt_is_trained_on_and_nothing_else_is_lost(file, eval_rows):
-    training, heldout = data.load(Data(source=file("t.jsonl", repeated())), eval_rows)
+    training, heldout = load_examples(Data(source=file("t.jsonl", repeated())), eval_rows)
     assert len(heldout) == len({row.text for row in heldout}) == eval_rows
     assert not {row.text for row in training} & {row.text for row in heldout}
     assert len(training) == 3 * (40 - eval_rows)
@@ -272,7 +273,7 @@ def test_no_held_out_prompt_is_trained_on_and_nothing_else_is_lost(file, eval_ro
 def test_of_a_prompt_with_copies_the_first_is_held_out(file):
     rows = repeated()
     first = {row["prompt"]: row["answer"] for row in reversed(rows)}
-    _, heldout = data.load(Data(source=file("t.jsonl", rows)), 20)
+    _, heldout = load_examples(Data(source=file("t.jsonl", rows)), 20)
     assert {row.text: row.columns["answer"] for row in heldout} == {row.text: first[row.text] for row in heldout}
 
 
@@ -281,7 +282,7 @@ def test_a_string_and_the_same_single_message_are_the_same_question(file):
     strings = [{"prompt": f"q{i}", "answer": "1"} for i in range(20)]
     messages = [{"prompt": [{"role": "user", "content": f"q{i}"}], "answer": "1"} for i in range(10)]
     file("eval.jsonl", messages)
-    training, heldout = data.load(Data(source=file("t.jsonl", strings), eval_source="eval.jsonl"), 5)
+    training, heldout = load_examples(Data(source=file("t.jsonl", strings), eval_source="eval.jsonl"), 5)
     questions = [{row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] for row in rows}
                  for rows in (training, heldout)]  # fmt: skip
     assert not questions[0] & questions[1]
@@ -291,18 +292,18 @@ def test_a_string_and_the_same_single_message_are_the_same_question(file):
 @pytest.mark.parametrize(("distinct", "wanted", "held"), [(3, 200, 1), (2, 200, 1), (1, 200, 0), (3, 0, 0), (3, 1, 1)])
 def test_at_most_half_of_the_distinct_prompts_is_held_out(file, distinct, wanted, held):
     """Every row stands twice, and half is counted in prompts: of 3 prompts in 6 rows 1 is held out, 4 rows are left."""
-    training, heldout = data.load(Data(source=file("t.jsonl", ROWS[:distinct] * 2)), wanted)
+    training, heldout = load_examples(Data(source=file("t.jsonl", ROWS[:distinct] * 2)), wanted)
     assert (len(training), len(heldout)) == (2 * (distinct - held), held)
 
 
 def test_the_demo_holds_out_200_rows():
-    training, heldout = data.load(Data(source="builtin:addition"), 200)
+    training, heldout = load_examples(Data(source="builtin:addition"), 200)
     assert (len(training), len(heldout)) == (1300, 200)  # 50 * 30 sums
 
 
 def test_held_out_rows_depend_on_the_seed_of_the_data_alone():
     def held(seed):
-        return [row.text for row in data.load(Data(source="builtin:addition", seed=seed), 50)[1]]
+        return [row.text for row in load_examples(Data(source="builtin:addition", seed=seed), 50)[1]]
 
     random.seed(1)
     first = held(0)
@@ -313,12 +314,12 @@ def test_held_out_rows_depend_on_the_seed_of_the_data_alone():
 
 def test_the_run_has_no_way_to_choose_the_held_out_rows():
     """Two runs that differ in train.seed are compared on the same rows: `load` never sees that seed."""
-    assert list(data.load.__annotations__) == ["data", "eval_rows", "return"]
+    assert list(load_examples.__annotations__) == ["data", "eval_rows", "return"]
 
 
 def test_an_eval_source_gives_the_held_out_rows_and_they_leave_the_training_rows(file):
     file("eval.jsonl", [ROWS[0], {"prompt": "9 + 9?", "answer": "18"}])
-    training, heldout = data.load(Data(source=file("t.jsonl", ROWS), eval_source="eval.jsonl"), 200)
+    training, heldout = load_examples(Data(source=file("t.jsonl", ROWS), eval_source="eval.jsonl"), 200)
     assert {row.text: row.origin for row in heldout} == {"1 + 1?": "eval.jsonl:1", "9 + 9?": "eval.jsonl:2"}
     assert [row.origin for row in training] == ["t.jsonl:2", "t.jsonl:3"]
 
@@ -331,8 +332,8 @@ def test_an_eval_split_is_read_from_the_same_source(monkeypatch):
         asked.append((source, split))
         return ((f"{source}:{split}:{i + 1}", row) for i, row in enumerate(splits[split]))
 
-    monkeypatch.setattr(data, "_hub", hub)
-    training, heldout = data.load(Data(source="some/set", eval_split="test"), 200)
+    monkeypatch.setattr(sources, "_hub", hub)
+    training, heldout = load_examples(Data(source="some/set", eval_split="test"), 200)
     assert asked == [("some/set", "train"), ("some/set", "test")]
     assert sorted(row.origin for row in heldout) == ["some/set:test:1", "some/set:test:2"]
     assert [row.origin for row in training] == ["some/set:train:2"]
@@ -340,14 +341,14 @@ def test_an_eval_split_is_read_from_the_same_source(monkeypatch):
 
 def test_a_limit_of_held_out_rows_holds_for_an_eval_source_too(file):
     file("eval.jsonl", repeated())
-    _, heldout = data.load(Data(source=file("t.jsonl", ROWS), eval_source="eval.jsonl"), 11)
+    _, heldout = load_examples(Data(source=file("t.jsonl", ROWS), eval_source="eval.jsonl"), 11)
     assert len(heldout) == len({row.text for row in heldout}) == 11
 
 
 def test_a_source_that_is_all_held_out_says_what_to_lower(file):
     source = file("t.jsonl", ROWS)
     with pytest.raises(DataError, match=r"no row is left for training after 3 were held out; lower eval\.rows"):
-        data.load(Data(source=source, eval_source=source), 200)
+        load_examples(Data(source=source, eval_source=source), 200)
 
 
 # -- the order of a run -------------------------------------------------------------------------------------
@@ -357,27 +358,27 @@ def test_a_source_that_is_all_held_out_says_what_to_lower(file):
 def test_every_epoch_covers_every_example_once(count, per_step):
     """Steps may span epochs: the run of all steps, cut into pieces of `count`, is a permutation each."""
     steps = count * 3  # per_step epochs times 3, so the last one is whole
-    order = [i for step in range(steps) for i in data.batch(count, per_step, 5, step)]
+    order = [i for step in range(steps) for i in batch(count, per_step, 5, step)]
     assert len(order) == steps * per_step
     assert all(sorted(order[k : k + count]) == list(range(count)) for k in range(0, len(order), count))
 
 
 def test_a_batch_is_a_pure_function():
     random.seed(1)
-    forwards = [data.batch(10, 4, 3, step) for step in range(6)]
+    forwards = [batch(10, 4, 3, step) for step in range(6)]
     random.seed(2)
-    assert [data.batch(10, 4, 3, step) for step in reversed(range(6))] == forwards[::-1]
+    assert [batch(10, 4, 3, step) for step in reversed(range(6))] == forwards[::-1]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(data.batch(50, 50, seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    orders = [tuple(batch(50, 50, seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     assert len(set(orders)) == 9
     assert tuple(range(50)) not in orders
 
 
 def test_the_order_is_the_same_on_every_machine_and_version():
     """Pinned, since a resumed run must go on in the order it began: 0..9 under random.Random("3:0").shuffle."""
-    assert data.batch(10, 10, 3, 0) == [3, 4, 7, 5, 6, 0, 2, 1, 8, 9]
+    assert batch(10, 10, 3, 0) == [3, 4, 7, 5, 6, 0, 2, 1, 8, 9]
 
 
 # -- generators ---------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import diagnose
+from lite_trgrpo.build import encode
 from lite_trgrpo.cli import app
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Objective
-from lite_trgrpo.training import trainer
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Objective
+from lite_trgrpo.model.oom import Limits
+from lite_trgrpo.study import diagnose
+from lite_trgrpo.training import loop
 from lite_trgrpo.training.update import prepare_rows, update
 from tests.test_trainer import BASE, EXAMPLES
 from tests.toy import InProcess, ToyPolicy
@@ -19,11 +20,11 @@ from tests.toy import InProcess, ToyPolicy
 
 @pytest.fixture
 def sampled():
-    config = options.validate(BASE)
+    config = loading.validate(BASE)
     policy = ToyPolicy()
-    encoded, _ = trainer.encode(policy, EXAMPLES, 8)
+    encoded, _ = encode(policy, EXAMPLES, 8)
     clock = {"rollout_s": 0.0, "reward_s": 0.0}
-    groups, _ = trainer.rollout(config, policy, encoded, InProcess({"exact": 1.0}), 0, clock)
+    groups, _ = loop.rollout(config, policy, encoded, InProcess({"exact": 1.0}), 0, clock)
     return policy, prepare_rows(groups, config.objective, 4)
 
 

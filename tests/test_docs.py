@@ -9,10 +9,11 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import data, session
+from lite_trgrpo import build
+from lite_trgrpo.check import rewards as preflight
 from lite_trgrpo.cli import app
-from lite_trgrpo.preflight import rewards as preflight
+from lite_trgrpo.config import loading
+from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.training.guards import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,23 +57,23 @@ def test_every_metric_is_explained(tiny_config, tmp_path):
     assert result.exit_code == 0, result.stderr
     [line] = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert line.keys() - {f"reward/{name}" for name in options.load(file=tiny_config).rewards.functions} <= set(
+    assert line.keys() - {f"reward/{name}" for name in loading.load(file=tiny_config).rewards.functions} <= set(
         re.findall(r"`(\w+)`", page)
     )
 
 
 def test_the_right_answers_to_the_example_puzzles_get_full_marks():
     pytest.importorskip("reasoning_gym")
-    config = options.load("logic-4b", ROOT / "examples" / "knights.toml", ["data.options={ n_people = 2, size = 40 }"])
-    training, _ = data.load(config.data, eval_rows=8)
-    with session.scoring_of(config) as scoring:
+    config = loading.load("logic-4b", ROOT / "examples" / "knights.toml", ["data.options={ n_people = 2, size = 40 }"])
+    training, _ = load_examples(config.data, eval_rows=8)
+    with build.scoring_of(config) as scoring:
         found = preflight.of_rewards(training, scoring, config)
     assert (found.facts["accepted"], list(found.findings)) == (found.facts["rows"], [])
 
 
 def test_the_python_example_trains_an_adapter(tiny_config, tmp_path, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "python.py"))
-    groups = example["train"](options.load(file=tiny_config), steps=2, adapter=tmp_path / "adapter")
+    groups = example["train"](loading.load(file=tiny_config), steps=2, adapter=tmp_path / "adapter")
     assert [len(group.rewards) for group in groups] == [4, 4]
     assert any(len(set(group.rewards)) > 1 for group in groups), "no signal, so the update below would be none"
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from lite_trgrpo.backends import unsloth as backend
+from lite_trgrpo.model import unsloth
 from lite_trgrpo.objective import denominators, policy_loss, token_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ READ.append("unsloth_zoo/vllm_utils.py")
 
 
 @pytest.fixture(scope="module")
-def unsloth(tmp_path_factory):
+def unsloth_source(tmp_path_factory):
     """-> unsloth's source by file name, and what its two packages ask of others."""
     source, asked = {}, []
     for name in ("unsloth>=2026.10", "unsloth_zoo>=2026.10"):
@@ -70,7 +70,7 @@ def methods(tree: ast.AST, name: str) -> dict[str, ast.arguments]:
 
 
 def our_calls() -> list[ast.Call]:
-    tree = ast.parse(Path(backend.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(unsloth.__file__).read_text(encoding="utf-8"))
     return [
         node
         for node in ast.walk(tree)
@@ -78,7 +78,7 @@ def our_calls() -> list[ast.Call]:
     ]
 
 
-def test_unsloth_takes_every_argument_that_we_give(unsloth):
+def test_unsloth_takes_every_argument_that_we_give(unsloth_source):
     """By name: what a method only swallows with **kwargs counts as unknown."""
     source, _ = unsloth
     outer = methods(source["loader.py"], "FastLanguageModel")
@@ -94,40 +94,40 @@ def test_unsloth_takes_every_argument_that_we_give(unsloth):
         assert len(call.args) <= len(arguments.args)
 
 
-def test_its_vllm_is_reached_as_we_reach_it(unsloth):
+def test_its_vllm_is_reached_as_we_reach_it(unsloth_source):
     """vLLM's own `generate`, and the live adapter as tensors; unsloth starts it with the log-probabilities of what was
     drawn from.
     """
     functions = {
         node.name: node
         for file in ("vllm_utils.py", "_utils.py")
-        for node in ast.walk(unsloth[0][file])
+        for node in ast.walk(unsloth_source[0][file])
         if isinstance(node, ast.FunctionDef)
     }
     patched = ast.unparse(functions["patch_peft_fast_inference"])
     assert "model.fast_generate = " in patched and "model.load_lora = functools.partial(load_lora, model)" in patched
-    assert "model.fast_generate = model.vllm_engine.generate" in ast.unparse(unsloth[0]["llama.py"])
+    assert "model.fast_generate = model.vllm_engine.generate" in ast.unparse(unsloth_source[0]["llama.py"])
     assert [a.arg for a in functions["load_lora"].args.args][:3] == ["model", "save_directory", "load_tensors"]
     assert "logprobs_mode='processed_logprobs' if training" in ast.unparse(functions["load_vllm"])
 
 
-def test_unsloth_exports_what_we_import(unsloth):
+def test_unsloth_exports_what_we_import(unsloth_source):
     names = [
         alias.name
-        for node in ast.walk(unsloth[0]["__init__.py"])
+        for node in ast.walk(unsloth_source[0]["__init__.py"])
         if isinstance(node, ast.ImportFrom) and node.module == "loader"
         for alias in node.names
     ]
     assert "FastLanguageModel" in names
 
 
-def test_unsloth_lives_with_the_versions_of_our_libraries_that_are_tested(unsloth):
+def test_unsloth_lives_with_the_versions_of_our_libraries_that_are_tested(unsloth_source):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     ours = {Requirement(line).name for line in (*project["dependencies"], *extras["data"], *extras["trl"])}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    asked = [r for r in unsloth[1] if r.name in ours and (r.marker is None or r.marker.evaluate({"extra": ""}))]
+    asked = [r for r in unsloth_source[1] if r.name in ours and (r.marker is None or r.marker.evaluate({"extra": ""}))]
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"} <= {r.name for r in asked}
     assert not [str(r) for r in asked if r.name in pins and not r.specifier.contains(pins[r.name])]
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from lite_trgrpo.evaluate import Z, evaluate, paired_gain, wilson
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Completion, Example, Prompt, Sampling
 from tests.toy import InProcess, ToyPolicy
 

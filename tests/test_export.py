@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lite_trgrpo.backends.weights import locate
+from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ExportError, MissingPackageError
-from lite_trgrpo.options import Model
-from lite_trgrpo.sharing import export, llamacpp, merge
-from lite_trgrpo.sharing.probe import ask
+from lite_trgrpo.export import export, gguf, merge
+from lite_trgrpo.export.verify import ask
+from lite_trgrpo.model.weights import locate
 from lite_trgrpo.store.run import Run
 from tests.runs import BASE, finished_run
 from tests.tiny import tiny_model_folder
@@ -207,23 +207,23 @@ def test_without_the_converter_it_says_what_to_type(monkeypatch, tmp_path):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingPackageError, match=r"needs llama\.cpp's converter\. Type: git clone"):
-        llamacpp.check("q8_0")
+        gguf.check("q8_0")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(MissingPackageError, match=r"has no convert_hf_to_gguf\.py"):
-        llamacpp.check("q8_0")
+        gguf.check("q8_0")
     (tmp_path / "convert_hf_to_gguf.py").touch()
-    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"needs sentencepiece\. Type: pip install sentencepiece"):
-        llamacpp.check("q8_0")
+        gguf.check("q8_0")
     with pytest.raises(ExportError, match="no GGUF type 'q9' here; there are q8_0, f16, q4_k_m"):
-        llamacpp.check("q9")
+        gguf.check("q9")
 
 
 def test_a_converter_that_fails_is_quoted(monkeypatch, tmp_path):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise NotImplementedError('Model X is not supported')")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(ExportError, match=r"convert_hf_to_gguf\.py ended with exit code 1 .*Model X is not supported"):
-        llamacpp.write(tmp_path, tmp_path / "x.gguf", "f16")
+        gguf.write(tmp_path, tmp_path / "x.gguf", "f16")
 
 
 def small_gguf(path: Path, tokens: list[str], seed: int) -> Path:
@@ -251,7 +251,7 @@ def test_a_base_out_of_a_gguf_gives_its_tokenizer_back(tmp_path):
     mine, donor = small_gguf(tmp_path / "mine", ["<s>"], 0), small_gguf(tmp_path / "donor", ["a", "b", "</s>"], 1)
     before = GGUFReader(mine)
     tensors = [(t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in before.tensors]
-    llamacpp.take_tokenizer(donor, mine)
+    gguf.take_tokenizer(donor, mine)
     after = GGUFReader(mine)
     assert [(t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in after.tensors] == tensors
     assert after.fields["tokenizer.ggml.tokens"].contents() == ["a", "b", "</s>"]
@@ -261,7 +261,7 @@ def test_a_base_out_of_a_gguf_gives_its_tokenizer_back(tmp_path):
 
 def test_a_modelfile_has_the_models_template_stops_and_system_message(original):
     _, config = original
-    text = llamacpp.modelfile("run-Q8_0.gguf", Path(config.model.name), [1, 2], config.model, "Be brief.")
+    text = gguf.modelfile("run-Q8_0.gguf", Path(config.model.name), [1, 2], config.model, "Be brief.")
     assert text.startswith("FROM ./run-Q8_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text and 'SYSTEM """Be brief."""' in text
     assert "<|im_start|>user\n{{ .Prompt }}<|im_end|>" in text
@@ -273,7 +273,7 @@ def test_a_system_message_that_the_template_adds_itself_is_in_the_modelfile(orig
     template = folder / "chat_template.jinja"
     added = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou add.<|im_end|>\n{% endif %}"
     template.write_text(added + template.read_text())
-    text = llamacpp.modelfile("x.gguf", folder, [2], Model(name="x"), None)
+    text = gguf.modelfile("x.gguf", folder, [2], Model(name="x"), None)
     assert 'SYSTEM """You add."""' in text
 
 
@@ -341,7 +341,7 @@ def test_a_merge_on_another_base_loses_the_gain(written, tmp_path_factory):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_command_exports_what_the_demo_trained(tmp_path, quantization):
     """SmolLM2-135M after a few steps: the adapter, merged, and where llama.cpp's converter is at hand a GGUF."""
-    here = os.pathsep.join([str(Path(export.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    here = os.pathsep.join([str(Path(export.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1"}
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
@@ -365,7 +365,7 @@ def test_the_command_exports_what_the_demo_trained(tmp_path, quantization):
 
 def converter_at_hand() -> bool:
     try:
-        llamacpp.check("q8_0")
+        gguf.check("q8_0")
     except MissingPackageError:
         return False
     return True

@@ -9,15 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import memory
-from lite_trgrpo.backends import transformers as backend
+from lite_trgrpo.check.machine import machine
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Model, Objective
 from lite_trgrpo.errors import MissingPackageError
-from lite_trgrpo.machine import machine
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Model, Objective
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model import hf, oom
+from lite_trgrpo.model.oom import Limits
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.training.update import prepare_rows, update
 from tests.tiny import KINDS, tiny_model_folder
@@ -36,9 +35,9 @@ def demo(request):
         pytest.skip("needs a CUDA card, and torch sees none here")
     if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bf16")
-    base = options.load("demo").model
+    base = loading.load("demo").model
     try:
-        policy = backend.load(
+        policy = hf.load(
             base.model_copy(update={"device": "cuda", "dtype": dtype, "quantization": quantization}), seed=0
         )
     except MissingPackageError as error:
@@ -130,10 +129,10 @@ def test_out_of_memory_by_a_real_cap_costs_pieces_not_results(demo):
     torch.cuda.empty_cache()
     limits = Limits(10**6, 64)
     try:
-        assert memory.cap(torch.cuda.memory_reserved() + int(0.6 * (peak - held)), policy.device)
+        assert oom.cap(torch.cuda.memory_reserved() + int(0.6 * (peak - held)), policy.device)
         capped, _ = taught(limits)
     finally:
-        memory.cap(torch.cuda.mem_get_info()[1], policy.device)
+        oom.cap(torch.cuda.mem_get_info()[1], policy.device)
     assert limits.tokens < 10**6
     assert capped["loss"] == pytest.approx(free["loss"], abs=0.02)
     assert capped["grad_norm"] == pytest.approx(free["grad_norm"], rel=0.1)
@@ -161,7 +160,7 @@ def test_card_and_cpu_agree(tmp_path, kind, quantization):
     """The same ids scored in fp32 on both; nf4 rounds alike on both, up to its own kernels."""
     folder = tiny_model_folder(tmp_path / kind, kind)
     given = {"name": str(folder), "dtype": "float32", "quantization": quantization}
-    card, cpu = (backend.load(Model(**given, device=device), seed=0) for device in ("cuda", "cpu"))
+    card, cpu = (hf.load(Model(**given, device=device), seed=0) for device in ("cuda", "cpu"))
     prompt = card.encode("2 + 2")
     [[completion]] = sample_all(card, [prompt], Sampling(1, 16, key=(3,)))
     found = [policy.logprobs([(prompt.ids, completion.ids)], 1.0)[0].detach().cpu() for policy in (card, cpu)]
@@ -173,9 +172,7 @@ def test_card_and_cpu_agree(tmp_path, kind, quantization):
 def test_an_update_on_the_card_is_that_on_the_cpu(tmp_path, kind):
     """The same answers in fp32: loss, gradient and the adapter after AdamW."""
     folder = tiny_model_folder(tmp_path / kind, kind)
-    cpu, card = (
-        backend.load(Model(name=str(folder), dtype="float32", device=device), seed=0) for device in ("cpu", "cuda")
-    )
+    cpu, card = (hf.load(Model(name=str(folder), dtype="float32", device=device), seed=0) for device in ("cpu", "cuda"))
     prompts = [cpu.encode(text) for text in SUMS]
     answers = sample_all(cpu, prompts, Sampling(4, 12, key=(7,)))
     scored = [
@@ -230,10 +227,10 @@ def test_unsloth_agrees_with_transformers():
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed (extra: unsloth)")
     code = (
-        "from lite_trgrpo import config\nfrom lite_trgrpo.backends import choice\n"
-        "from lite_trgrpo.policy import sample_all\nfrom lite_trgrpo.records import Sampling\n"
-        "model = config.load('demo').model.model_copy(update={'backend': 'unsloth', 'quantization': 'nf4'})\n"
-        "policy = choice.load(model, seed=0, gradient_checkpointing=True)\n"
+        "from lite_trgrpo.config import loading\nfrom lite_trgrpo.model import select\n"
+        "from lite_trgrpo.model.policy import sample_all\nfrom lite_trgrpo.records import Sampling\n"
+        "model = loading.load('demo').model.model_copy(update={'backend': 'unsloth', 'quantization': 'nf4'})\n"
+        "policy = select.load(model, seed=0, gradient_checkpointing=True)\n"
         "prompt = policy.encode('What is 2 + 2?')\n"
         "[answers] = sample_all(policy, [prompt], Sampling(4, 16))\n"
         "policy.logprobs([(prompt.ids, a.ids) for a in answers], 1.0)[0].sum().backward()\n"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lite_trgrpo.config import load
-from lite_trgrpo.options import Guards
+from lite_trgrpo.config.loading import load
+from lite_trgrpo.config.schema import Guards
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards
 from lite_trgrpo.training.stopping import Stopped

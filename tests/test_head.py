@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite_trgrpo.logprobs import Head, selected_logprobs
+from lite_trgrpo.model.logprobs import Head, selected_logprobs
 
 WIDTHS = [1, 384, 4096, 8193]  # of the vocabulary: less than a block, a block, blocks and a rest
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import data
-from lite_trgrpo.backends import weights
+from lite_trgrpo.check import proposal, rewards
 from lite_trgrpo.cli import app
-from lite_trgrpo.preflight import proposal, rewards
+from lite_trgrpo.config import loading
+from lite_trgrpo.data.examples import load_examples
+from lite_trgrpo.model import weights
 from tests.tiny import gsm8k_rows
 from tests.toy import InProcess
 
@@ -40,10 +40,10 @@ def test_the_example_data_become_a_config_that_passes():
     result = init("own.jsonl")
     assert (result.exit_code, result.stdout) == (0, ""), result.output
     assert "lite-trgrpo check --config own.toml" in result.stderr
-    config = options.load(file=Path("own.toml"))
+    config = loading.load(file=Path("own.toml"))
     assert (config.data.prompt, config.data.answer, config.rewards.functions) == ("prompt", "answer", {"number": 1.0})
-    assert config.model == options.load("demo").model  # there is no card here
-    examples, _ = data.load(config.data, config.eval.rows)
+    assert config.model == loading.load("demo").model  # there is no card here
+    examples, _ = load_examples(config.data, config.eval.rows)
     scorer = InProcess(config.rewards.functions)
     assert not any(
         r.broken
@@ -119,7 +119,7 @@ def test_no_prompt_of_usual_length_is_left_out():
 @pytest.mark.slow
 def test_with_the_bases_tokenizer_at_hand_prompts_are_counted(monkeypatch):
     monkeypatch.delenv("LITE_TRGRPO_CACHE")
-    weights.locate(options.load("demo").model.name, None, sha256=None, upstream=None, remote_code=False)
+    weights.locate(loading.load("demo").model.name, None, sha256=None, upstream=None, remote_code=False)
     found = proposal.propose(jsonl("x.jsonl", [{"prompt": "word " * 50, "answer": "4"}]), None)
     assert found.reasons["data.max_prompt_tokens"].endswith("(counted)")
 
@@ -128,8 +128,8 @@ def test_with_the_bases_tokenizer_at_hand_prompts_are_counted(monkeypatch):
 def test_the_base_is_the_largest_that_fits_the_card(size, preset):
     """Offline the bases' shapes cannot be fetched: then the cards count that the presets name."""
     assert init(jsonl("x.jsonl", gsm8k_rows(20)), "--vram", size).exit_code == 0
-    config = options.load(file=Path("x.toml"))
-    assert config.model == options.load(preset).model
+    config = loading.load(file=Path("x.toml"))
+    assert config.model == loading.load(preset).model
     asked = "Answer with the number." if preset == "demo" else "reason step by step"
     assert asked in str(config.data.system) and config.train.steps > 0
 
@@ -142,7 +142,7 @@ def test_the_demos_base_is_not_asked_to_reason_in_the_room_of_an_answer():
 
 
 def test_the_bases_are_presets():
-    assert set(proposal.BASES) <= set(options.presets())
+    assert set(proposal.BASES) <= set(loading.presets())
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lite_trgrpo.backends.lora import add_lora, prepare
-from lite_trgrpo.options import Model
+from lite_trgrpo.config.schema import Model
+from lite_trgrpo.model.lora import add_lora, prepare
 from tests.tiny import KINDS, tiny_model
 
 IDS = torch.arange(5, 45).view(2, 20)

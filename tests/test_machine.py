@@ -9,12 +9,12 @@ import torch
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo.backends.choice import choose
+from lite_trgrpo.check.machine import _has_kernels, machine
 from lite_trgrpo.cli import app
-from lite_trgrpo.machine import _has_kernels, machine
-from lite_trgrpo.options import Model
-from lite_trgrpo.screen import machine_tables, show
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Model
+from lite_trgrpo.model.select import choose
+from lite_trgrpo.terminal.screen import machine_tables, show
 
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines whose card torch cannot use")
 
@@ -47,7 +47,7 @@ def driver(tmp_path, monkeypatch):
 
 
 def test_this_machine_is_able_to_run_the_demo():
-    found = json.loads(json.dumps(machine(options.load("demo", None, ["model.device=cpu"]))))
+    found = json.loads(json.dumps(machine(loading.load("demo", None, ["model.device=cpu"]))))
     assert found["able"], found["problems"]
     assert found["system"]["memory"] > found["system"]["memory_free"] > 2**20 and found["disk"]["runs"] > 0
     assert found["versions"]["torch"] == torch.__version__
@@ -55,7 +55,7 @@ def test_this_machine_is_able_to_run_the_demo():
 
 
 def test_the_table_names_every_path_and_problem(capsys, driver):
-    found = machine(options.load("demo", None, ["model.name=package:no_such/file.gguf"]))
+    found = machine(loading.load("demo", None, ["model.name=package:no_such/file.gguf"]))
     show(machine_tables(found))
     printed = capsys.readouterr().out
     for text in (*found["paths"], *found["versions"], "not installed. Type: pip install"):
@@ -110,7 +110,7 @@ def test_the_package_that_writes_over_gguf_is_named(installed):
     ],
 )
 def test_what_makes_options_impossible_is_named(setting, what):
-    found = machine(options.load("demo", None, [setting]))
+    found = machine(loading.load("demo", None, [setting]))
     assert any(what in line for line in whats(found, fatal=True)) and not found["able"]
 
 

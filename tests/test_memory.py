@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lite_trgrpo import config as options
-from lite_trgrpo import memory, screen, session
-from lite_trgrpo.backends import transformers as backend
-from lite_trgrpo.backends.network import Network
+from lite_trgrpo import session
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Model, Objective
 from lite_trgrpo.errors import OutOfMemoryError
-from lite_trgrpo.memory import Limits, ran_out
-from lite_trgrpo.options import Model, Objective
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model import hf, oom
+from lite_trgrpo.model.network import Network
+from lite_trgrpo.model.oom import Limits, ran_out
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.store import checkpoint
+from lite_trgrpo.terminal import screen
 from lite_trgrpo.training.stopping import Stop
 from lite_trgrpo.training.update import micro_batches, prepare_rows, update
 from tests.tiny import KINDS, tiny_model_folder
@@ -32,7 +33,7 @@ SAMPLING = Sampling(members=4, max_new_tokens=10, key=(7,))
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     folder = tiny_model_folder(tmp_path_factory.mktemp("model"))
-    loaded = backend.load(Model(name=str(folder), lora_rank=4), seed=1)
+    loaded = hf.load(Model(name=str(folder), lora_rank=4), seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in loaded.trainable().items():
@@ -192,12 +193,12 @@ def test_another_error_is_not_taken_for_it(policy, monkeypatch):
 def test_the_limit_on_cpu_makes_torch_refuse():
     """In a process of its own: of 200 MiB that are left 50 are given and 300 refused, and that is recognised."""
     script = (
-        "import torch; from lite_trgrpo import memory\n"
+        "import torch; from lite_trgrpo.model import oom\n"
         "taken = int(open('/proc/self/status').read().split('VmData:')[1].split()[0]) * 1024\n"
-        "assert memory.cap(taken + 200 * 2**20, torch.device('cpu'))\n"
+        "assert oom.cap(taken + 200 * 2**20, torch.device('cpu'))\n"
         "small = torch.zeros(50 * 2**20, dtype=torch.uint8)\n"
         "try:\n    torch.zeros(300 * 2**20, dtype=torch.uint8)\n"
-        "except (RuntimeError, MemoryError) as error:\n    print('refused', memory.ran_out(error))\n"
+        "except (RuntimeError, MemoryError) as error:\n    print('refused', oom.ran_out(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "refused True"
@@ -207,7 +208,7 @@ def test_the_limit_on_cpu_makes_torch_refuse():
 @pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.night) for kind in KINDS[1:])])
 def test_memory_at_step_200_is_that_at_step_20(tmp_path, kind):
     """Resident memory of this process over 200 steps of sampling and updating a tiny model: within 8 MiB."""
-    loaded = backend.load(Model(name=str(tiny_model_folder(tmp_path, kind)), lora_rank=4), seed=1)
+    loaded = hf.load(Model(name=str(tiny_model_folder(tmp_path, kind)), lora_rank=4), seed=1)
     optimizer = torch.optim.AdamW(loaded.trainable().values(), lr=1e-5)
     taken = []
     for _ in range(200):
@@ -215,7 +216,7 @@ def test_memory_at_step_200_is_that_at_step_20(tmp_path, kind):
             loaded, optimizer, rows_of(loaded), Objective(), temperature=1.0, updates=1, limits=Limits(60, 64),
             max_grad_norm=1.0,
         )  # fmt: skip
-        memory.free()
+        oom.free()
         taken.append(psutil.Process().memory_info().rss)
     assert max(taken[-10:]) - max(taken[19:29]) < 8 * 2**20
 
@@ -229,8 +230,8 @@ def test_the_toy_learns_alike_with_any_limit():
 
 def test_a_run_with_little_memory_comes_down_before_step_1_and_ends_alike(tiny_config, tmp_path, monkeypatch):
     """The probe meets a lack of memory for more than 30 tokens at a time; the run is that of smaller micro-batches."""
-    loaded = options.load(file=tiny_config, overrides=["train.memory=64GB"])
-    monkeypatch.setattr(memory, "cap", lambda limit, device: True)  # of this process, which has other tests to run
+    loaded = loading.load(file=tiny_config, overrides=["train.memory=64GB"])
+    monkeypatch.setattr(oom, "cap", lambda limit, device: True)  # of this process, which has other tests to run
     hidden, said = Network.hidden, []
 
     def narrow(self, ids, positions, groups):
@@ -256,5 +257,5 @@ def test_a_run_that_never_fits_ends_with_a_checkpoint_and_a_message(tiny_config,
 
     monkeypatch.setattr(Network, "hidden", nothing_fits)
     with pytest.raises(OutOfMemoryError, match="lite-trgrpo check"):
-        session.train(options.load(file=tiny_config), tmp_path / "run", None, Stop())
+        session.train(loading.load(file=tiny_config), tmp_path / "run", None, Stop())
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None

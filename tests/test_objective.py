@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.objective import denominators, group_advantages, kl_estimate, policy_loss, token_weights
-from lite_trgrpo.options import Objective
 from lite_trgrpo.training.weighting import step_mean, weights_of
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28

@@ -103,7 +103,7 @@ def test_an_installed_wheel_finds_its_presets_inside_itself(wheel, tmp_path):
     """Away from any checkout: unpacked, first on the path, run from a folder without `presets/`."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     script = (
-        "from lite_trgrpo.config import objectives, presets\n"
+        "from lite_trgrpo.config.loading import objectives, presets\n"
         "print(*presets().values(), *objectives().values(), sep='\\n')"
     )
     done = subprocess.run(

@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from lite_trgrpo.training.packing import by_prompt
+from lite_trgrpo.model.packing import by_prompt
 
 
 def pair(row):

@@ -17,10 +17,10 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from lite_trgrpo.cli import app
-from lite_trgrpo.drawing import bar, curve, duration, fold
-from lite_trgrpo.options import Guards
-from lite_trgrpo.panel import Panel, contrast
+from lite_trgrpo.config.schema import Guards
 from lite_trgrpo.records import Completion, Example, Group, Prompt
+from lite_trgrpo.terminal.drawing import bar, curve, duration, fold
+from lite_trgrpo.terminal.panel import Panel, contrast
 from lite_trgrpo.training import guards
 
 GB = 2**30
@@ -169,7 +169,7 @@ def test_the_time_left_counts_steps_and_evaluations():
 
 def test_the_panel_of_a_resumed_run_knows_what_was_before(tmp_path):
     from lite_trgrpo import session
-    from lite_trgrpo.config import load
+    from lite_trgrpo.config.loading import load
     from lite_trgrpo.store.run import Run
 
     run = Run.vacant(tmp_path / "run")
@@ -234,8 +234,8 @@ def test_a_long_answer_shows_its_beginning_and_its_end():
 
 SCRIPT = """
 import sys, time
-from lite_trgrpo import panel
-from lite_trgrpo.screen import say
+from lite_trgrpo.terminal import panel
+from lite_trgrpo.terminal.screen import say
 from tests.test_panel import CASES
 with panel.live(CASES["in the middle"]):
     say("said above")
@@ -303,7 +303,12 @@ def test_no_color_is_respected(variables, colours):
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", written)) is colours
 
 
-POSSIBLE = "from lite_trgrpo import panel\nprint('ready')\nimport sys\nprint(panel.possible(), file=sys.stderr)"
+POSSIBLE = """
+import sys
+from lite_trgrpo.terminal import panel
+print('ready')
+print(panel.possible(), file=sys.stderr)
+"""
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from lite_trgrpo import check
-from lite_trgrpo import config as options
-from lite_trgrpo.backends.lora import add_lora, prepare
-from lite_trgrpo.backends.network import Network
+from lite_trgrpo.check import memory
+from lite_trgrpo.check.plan import BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.cli import app
-from lite_trgrpo.plan import BYTES, _counted, _sampling, fitting, plan
+from lite_trgrpo.config import loading
+from lite_trgrpo.model.lora import add_lora, prepare
+from lite_trgrpo.model.network import Network
+from lite_trgrpo.model.packing import by_prompt
 from lite_trgrpo.rollout.engine import Engine, slot_count
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.training.packing import by_prompt
 from tests.tiny import KINDS, tiny_model
 
 PROMPT = 48
@@ -39,7 +39,7 @@ def tiny(tiny_config):
             "model.lora_rank": 8,
         }
         given = base | {"train.micro_batch_tokens": 512} | changes
-        return options.load(file=tiny_config, overrides=[f"{key}={json.dumps(value)}" for key, value in given.items()])
+        return loading.load(file=tiny_config, overrides=[f"{key}={json.dumps(value)}" for key, value in given.items()])
 
     return load
 
@@ -159,7 +159,7 @@ def test_options_that_fit_are_written_to_a_file(tiny_config, tmp_path):
     file = tmp_path / "fits.toml"
     done = CliRunner().invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--fit", str(file)])
     assert done.exit_code == 0, done.output
-    assert options.load(file=file) == options.load(file=tiny_config)
+    assert loading.load(file=file) == loading.load(file=tiny_config)
 
 
 def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tiny_config):
@@ -170,11 +170,11 @@ def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tin
         "train.prompts_per_step=64",
         "rollout.max_new_tokens=1024",
     ]
-    config = options.load(file=tiny_config, overrides=many)
-    caches = [check.memory(config, size * 10**9)[0]["parts"]["cache"] for size in (2, 3, 4)]
+    config = loading.load(file=tiny_config, overrides=many)
+    caches = [memory.check_memory(config, size * 10**9)[0]["parts"]["cache"] for size in (2, 3, 4)]
     assert caches[0] < caches[1] < caches[2]
     for cache, size in zip(caches, (2, 3, 4), strict=True):
-        free = size * 10**9 - check.DESKTOP - check.CARD_OVERHEAD
+        free = size * 10**9 - memory.DESKTOP - memory.CARD_OVERHEAD
         assert 0.25 * free < cache <= free / 3
 
 
@@ -190,18 +190,18 @@ def written(folder, config, steps, signal=0.5):
 
 
 def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, tmp_path):
-    config = options.load(file=tiny_config)  # 3 prompts, groups of 4, at most 6 tokens, 2 steps
-    assert check.past(config, tmp_path / "runs") is None
+    config = loading.load(file=tiny_config)  # 3 prompts, groups of 4, at most 6 tokens, 2 steps
+    assert memory.past(config, tmp_path / "runs") is None
     other = config.model_copy(update={"model": config.model.model_copy(update={"name": "other/model"})})
     (tmp_path / "runs").mkdir()
     written(tmp_path / "runs" / "other", other, 3)
     written(tmp_path / "runs" / "without-updates", config, 3, signal=0.0)
-    assert check.past(config, tmp_path / "runs") is None
+    assert memory.past(config, tmp_path / "runs") is None
     written(tmp_path / "runs" / "same", config, 3)
-    found = check.past(config, tmp_path / "runs")
+    found = memory.past(config, tmp_path / "runs")
     # 10 s for 100 tokens; a step will have 3 * 4 answers of 5 tokens; scores before and after
     assert found["step_s"] == pytest.approx(6.0) and found["peak"] == 700 * 2**20
     assert found["hours"] == pytest.approx((2 * 6.0 + 2 * 30.0) / 3600)
     assert found["run"].endswith("same")
     (tmp_path / "runs" / "same" / "config.toml").write_text("nonsense")
-    assert check.past(config, tmp_path / "runs") is None
+    assert memory.past(config, tmp_path / "runs") is None

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import data, session
+from lite_trgrpo import build
+from lite_trgrpo.check import rewards, samples
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
+from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.preflight import rewards, samples
 from lite_trgrpo.records import Completion, Group, Prompt
 from lite_trgrpo.rewards import gold
+from lite_trgrpo.training import guards
 from tests.tiny import gsm8k_rows
 from tests.toy import InProcess
 
@@ -45,11 +47,11 @@ def own(tmp_path):
 def sums(tmp_path, functions, rows=SUMS, **settings):
     """A config for these rows, whose reward has been loaded: (config, examples, scorer)."""
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = options.validate({
+    config = loading.validate({
         "model": {"name": "none"}, "data": {"source": str(tmp_path / "sums.jsonl"), **settings.pop("data", {})},
         "rewards": {"functions": functions, **settings.pop("rewards", {})}, "rollout": settings,
     })  # fmt: skip
-    examples, _ = data.load(config.data, 0)
+    examples, _ = load_examples(config.data, 0)
     return config, examples, InProcess(config.rewards.functions, config.rewards.options)
 
 
@@ -101,7 +103,7 @@ def test_a_planted_mistake_is_named_with_its_setting(tmp_path, own, function, se
 
 def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_answers(tmp_path, own):
     config, examples, _ = sums(tmp_path, {own.replace("own.py", "own.py:raising"): 1.0})
-    with session.scoring_of(config) as scorer:
+    with build.scoring_of(config) as scorer:
         report = rewards.of_rewards(examples, scorer, config)
     [finding] = report.broken
     assert finding.problem == "the reward fails"
@@ -111,7 +113,7 @@ def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_ans
 def test_a_reward_that_raises_on_what_is_wrong_is_no_constant_one(tmp_path, own):
     """On gold answers it gives 1, on junk it raises: what is left is 1 everywhere."""
     config, examples, _ = sums(tmp_path, {own.replace("own.py", "own.py:numbers"): 1.0})
-    with session.scoring_of(config) as scorer:
+    with build.scoring_of(config) as scorer:
         [finding] = rewards.of_rewards(examples, scorer, config).findings
     assert (finding.problem, finding.stops) == ("the reward fails", False)
     assert "raises an error on 15 of 15 answers that are junk" in finding.text
@@ -246,9 +248,9 @@ def test_answers_that_differ_are_enough(tmp_path):
 )
 def test_a_run_ends_after_its_first_step_only_where_hundred_answers_say_the_same(rows, solved, truncated, signal, said):
     """Each row has one greedy and four sampled answers."""
-    config = options.load("demo")
+    config = loading.load("demo")
     row = {"solved": solved > 0, "samples_solved": max(0, solved - 1)}
-    text = samples.of_first_step({"rows": [row] * rows, "truncated": truncated}, {"groups_with_signal": signal}, config)
+    text = guards.of_first_step({"rows": [row] * rows, "truncated": truncated}, {"groups_with_signal": signal}, config)
     assert text is None if said is None else said in text
 
 
@@ -288,16 +290,16 @@ def test_an_answer_follows_its_form():
 # -- what is shipped ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", options.presets())
+@pytest.mark.parametrize("name", loading.presets())
 def test_the_presets_pass(tmp_path, name):
-    config = options.load(name)
+    config = loading.load(name)
     if config.data.source == "openai/gsm8k":
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in gsm8k_rows(200)))
         config = replace_data(config, source=str(rows), eval_split=None)
     elif config.data.source.startswith("reasoning-gym"):
         config = replace_data(config, options={**config.data.options, "size": 60})
-    examples, _ = data.load(config.data, 20)
+    examples, _ = load_examples(config.data, 20)
     scorer = InProcess(config.rewards.functions, config.rewards.options)
     assert found(*both(config, examples, scorer)) == []
 
@@ -308,8 +310,8 @@ def replace_data(config, **values):
 
 def test_the_example_passes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = options.load("demo", ROOT / "examples" / "own.toml")
-    examples, _ = data.load(config.data, config.eval.rows)
+    config = loading.load("demo", ROOT / "examples" / "own.toml")
+    examples, _ = load_examples(config.data, config.eval.rows)
     scorer = InProcess(config.rewards.functions, config.rewards.options)
     assert found(*both(config, examples, scorer)) == []
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import HubError
-from lite_trgrpo.sharing import card, export, publish
-from lite_trgrpo.sharing.probe import answer
+from lite_trgrpo.export import card, export, hub
+from lite_trgrpo.export.verify import answer
 from tests.hub_uploads import TOKEN, USER, UploadServer
 from tests.runs import BASE, finished_run
 
@@ -38,12 +38,12 @@ def checked(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def server(monkeypatch, tmp_path):
     """The client of this process talks to the small Hub; Xet, which is no HTTP of the Hub's, is off."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    monkeypatch.setattr(publish.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with UploadServer() as server:
@@ -56,13 +56,13 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def push(checked, hub):
+def push(checked, server):
     """`push(repo, private)` -> what was said."""
     run, config = checked
 
     def call(repo: str = REPO, private: bool = False) -> list[str]:
         said: list[str] = []
-        publish.deliver(run, config, WANTED, repo, private, said.append)
+        hub.deliver(run, config, WANTED, repo, private, said.append)
         return said
 
     return call
@@ -76,50 +76,50 @@ def on_disk(run) -> dict[str, bytes]:
 # -- the push -----------------------------------------------------------------------------------------------
 
 
-def test_files_arrive_byte_by_byte_and_the_token_appears_nowhere(checked, hub, push, capsys):
+def test_files_arrive_byte_by_byte_and_the_token_appears_nowhere(checked, server, push, capsys):
     said = push()
-    files = hub.files(REPO)
+    files = server.files(REPO)
     del files[".gitattributes"]
     assert files == on_disk(checked[0])
     assert {"README.md", "adapter_config.json", export.WEIGHTS, "check.json"} <= files.keys()
-    assert REPO not in hub.private
-    assert said[-1] == f"pushed to {hub.url}/{REPO}"
+    assert REPO not in server.private
+    assert said[-1] == f"pushed to {server.url}/{REPO}"
     printed = "".join([*said, *capsys.readouterr()])
-    assert TOKEN not in printed and not any(TOKEN.encode() in body for body in hub.bodies)
+    assert TOKEN not in printed and not any(TOKEN.encode() in body for body in server.bodies)
     assert not [name for name, content in files.items() if TOKEN.encode() in content]
-    assert not any(TOKEN in request for request in hub.requests)
+    assert not any(TOKEN in request for request in server.requests)
 
 
-def test_a_second_push_sends_only_what_changed_and_takes_away_what_is_gone(checked, hub, push):
+def test_a_second_push_sends_only_what_changed_and_takes_away_what_is_gone(checked, server, push):
     push()
-    hub.add(REPO, hub.files(REPO) | {"old-Q8_0.gguf": b"of an earlier export", "notes.md": b"the person's own"})
-    hub.requests.clear()
+    server.add(REPO, server.files(REPO) | {"old-Q8_0.gguf": b"of an earlier export", "notes.md": b"the person's own"})
+    server.requests.clear()
     push()
-    assert "old-Q8_0.gguf" not in hub.files(REPO) and hub.files(REPO)["notes.md"] == b"the person's own"
-    assert not any(request.startswith("PUT") for request in hub.requests)
+    assert "old-Q8_0.gguf" not in server.files(REPO) and server.files(REPO)["notes.md"] == b"the person's own"
+    assert not any(request.startswith("PUT") for request in server.requests)
 
 
 @pytest.mark.parametrize("lost", ["PUT", "commit", "preupload"])
-def test_a_connection_lost_in_mid_upload_is_tried_again(checked, hub, push, lost):
-    hub.drops[lost] = 1
+def test_a_connection_lost_in_mid_upload_is_tried_again(checked, server, push, lost):
+    server.drops[lost] = 1
     push()
-    assert hub.drops[lost] == 0
-    assert hub.files(REPO)[export.WEIGHTS] == on_disk(checked[0])[export.WEIGHTS]
+    assert server.drops[lost] == 0
+    assert server.files(REPO)[export.WEIGHTS] == on_disk(checked[0])[export.WEIGHTS]
 
 
-def test_a_connection_that_stays_lost_says_that_the_export_is_kept(hub, push):
-    hub.drops["commit"] = 99
+def test_a_connection_that_stays_lost_says_that_the_export_is_kept(server, push):
+    server.drops["commit"] = 99
     with pytest.raises(HubError, match=rf"{REPO} could not be pushed: .* run this again: the export is kept"):
         push()
-    assert 99 - hub.drops["commit"] == publish.TRIES
-    hub.drops["commit"] = 0
-    hub.requests.clear()
+    assert 99 - server.drops["commit"] == hub.TRIES
+    server.drops["commit"] = 0
+    server.requests.clear()
     push()  # what had arrived is not sent again
-    assert not any(request.startswith("PUT") for request in hub.requests)
+    assert not any(request.startswith("PUT") for request in server.requests)
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", None])
-def test_a_refused_login_is_known_before_anything_is_exported(monkeypatch, checked, hub, push, token):
+def test_a_refused_login_is_known_before_anything_is_exported(monkeypatch, checked, server, push, token):
     monkeypatch.setattr(export, "existing", lambda *_: pytest.fail("looked at the export first"))
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -127,7 +127,7 @@ def test_a_refused_login_is_known_before_anything_is_exported(monkeypatch, check
         monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="type `hf auth login` with a token that may write"):
         push()
-    assert not hub.repos
+    assert not server.repos
 
 
 @pytest.mark.parametrize(
@@ -143,23 +143,23 @@ def test_a_repository_that_cannot_be_ones_own(push, repo, message):
         push(repo)
 
 
-def test_a_private_repository_is_made_private_and_a_public_one_is_refused(hub, push):
+def test_a_private_repository_is_made_private_and_a_public_one_is_refused(server, push):
     push(private=True)
-    assert REPO in hub.private
-    hub.private.clear()
+    assert REPO in server.private
+    server.private.clear()
     with pytest.raises(HubError, match="is there and public, and --private was asked for"):
         push(private=True)
 
 
-def test_a_repository_that_holds_something_else_is_left_alone(hub, push):
+def test_a_repository_that_holds_something_else_is_left_alone(server, push):
     theirs = {"model.safetensors": b"another model", "README.md": b"---\ntags: [mine]\n---\n"}
-    hub.add(REPO, theirs)
+    server.add(REPO, theirs)
     with pytest.raises(HubError, match=r"holds something else \(model\.safetensors\): name another repository"):
         push()
-    assert hub.files(REPO) == theirs
+    assert server.files(REPO) == theirs
 
 
-def test_without_a_hub_or_offline_it_is_one_line(monkeypatch, hub, push):
+def test_without_a_hub_or_offline_it_is_one_line(monkeypatch, server, push):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         push()
@@ -173,7 +173,7 @@ def test_a_base_that_is_no_hub_id_cannot_be_pushed(checked):
     run, config = checked
     local = config.model_copy(update={"model": config.model.model_copy(update={"upstream": None})})
     with pytest.raises(HubError, match="Others cannot load that base: set upstream"):
-        publish.deliver(run, local, WANTED, REPO, False, print)
+        hub.deliver(run, local, WANTED, REPO, False, print)
 
 
 # -- the card -----------------------------------------------------------------------------------------------
@@ -245,21 +245,21 @@ def test_a_dry_run_shows_the_card_and_the_files_and_writes_nothing(checked):
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
 
 
-def test_a_licence_that_no_preset_states_is_asked_for(checked, hub):
+def test_a_licence_that_no_preset_states_is_asked_for(checked, server):
     _, config = checked
-    assert publish.licence(config, "HuggingFaceTB/SmolLM2-135M-Instruct") == "apache-2.0"
-    assert publish.licence(config, "not/there") == "unknown"
-    hub.add("some/base", {"README.md": b"---\nlicense: mit\n---\n"})
-    assert publish.licence(config, "some/base") == "mit"
-    assert not any("SmolLM2" in request for request in hub.requests)
+    assert hub.licence(config, "HuggingFaceTB/SmolLM2-135M-Instruct") == "apache-2.0"
+    assert hub.licence(config, "not/there") == "unknown"
+    server.add("some/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    assert hub.licence(config, "some/base") == "mit"
+    assert not any("SmolLM2" in request for request in server.requests)
 
 
-def test_the_pushed_adapter_is_loaded_by_its_hub_id(checked, hub, push, tmp_path, monkeypatch):
+def test_the_pushed_adapter_is_loaded_by_its_hub_id(checked, server, push, tmp_path, monkeypatch):
     """Continue from an adapter: what was pushed answers as the run did; merged weights beside it are not fetched."""
     run, config = checked
     push()
-    hub.add(REPO, hub.files(REPO) | {"merged/model.safetensors": b"gigabytes"})
+    server.add(REPO, server.files(REPO) | {"merged/model.safetensors": b"gigabytes"})
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     found = answer(config.changed("model", adapter=REPO), None, None)
     assert found.ids == [row["ids"] for row in run.evaluations()[-1]["rows"]]
-    assert not any("resolve" in request and "merged" in request for request in hub.requests)
+    assert not any("resolve" in request and "merged" in request for request in server.requests)

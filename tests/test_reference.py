@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from lite_trgrpo.options import SECTIONS
+from lite_trgrpo.config.schema import SECTIONS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

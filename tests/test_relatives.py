@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lite_trgrpo import config
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.errors import ConfigError
 from lite_trgrpo.objective import denominators, group_advantages, linear_weights, policy_loss
-from lite_trgrpo.options import Objective
 from lite_trgrpo.training.weighting import weights_of
 
 # on both sides of every bound below: 0.8, 1.28, the dual clip at 3, CISPO's cap at 5, DPPO's at 20
@@ -225,24 +225,24 @@ def test_linear_weights_equal_a_loop(share):
     torch.testing.assert_close(weights_of(logprobs, Objective(weights="linear", share=share), 1.0), got)
 
 
-RECIPES = config.objectives()
+RECIPES = loading.objectives()
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_complete_and_loads(name):
-    head = config.head_comment(RECIPES[name])
+    head = loading.head_comment(RECIPES[name])
     assert all(len(head.get(key, "")) > 3 for key in ("what", "formula", "source"))
     raw = tomllib.loads(RECIPES[name].read_text(encoding="utf-8"))
     explicit = {"weights", "placement", "advantage", "trust_region", "aggregation", "clip_low", "clip_high"}
     assert explicit <= raw["objective"].keys()
-    loaded, plain = config.load("demo", objective=name), config.load("demo")
+    loaded, plain = loading.load("demo", objective=name), loading.load("demo")
     assert raw["objective"].items() <= loaded.objective.model_dump().items()
     assert plain.rewards.functions.keys() <= loaded.rewards.functions.keys()  # added to, never replaced
     assert (loaded.model, loaded.data, loaded.train) == (plain.model, plain.data, plain.train)
 
 
 def test_no_two_recipes_are_the_same_and_all_choices_occur():
-    shown = [config.load("demo", objective=name).objective for name in RECIPES]
+    shown = [loading.load("demo", objective=name).objective for name in RECIPES]
     assert len({objective.model_dump_json() for objective in shown}) == len(RECIPES) >= 16
     for option in ("weights", "advantage", "trust_region", "aggregation", "placement"):
         allowed = set(Objective.model_fields[option].annotation.__args__)
@@ -258,7 +258,7 @@ def plain_loss(**options):
 def test_the_ratio_placement_is_refused_with_another_trust_region(region):
     wrong = {"placement": "ratio", "trust_region": region}
     with pytest.raises(ConfigError, match="set placement = surrogate"):
-        config.load("demo", overrides=[f"objective.{key}={value}" for key, value in wrong.items()])
+        loading.load("demo", overrides=[f"objective.{key}={value}" for key, value in wrong.items()])
     with pytest.raises(ValueError, match="placement 'ratio' is Eq"):
         plain_loss(**wrong)
 
@@ -268,12 +268,12 @@ def test_unknown_names_are_refused(wrong):
     with pytest.raises(ValueError, match="is not one of"):
         plain_loss(**wrong)
     with pytest.raises(ConfigError):
-        config.load("demo", named={f"objective.{key}": value for key, value in wrong.items()})
+        loading.load("demo", named={f"objective.{key}": value for key, value in wrong.items()})
 
 
 def test_what_is_missing_or_unknown_is_refused():
     with pytest.raises(ConfigError, match="Did you mean 'gspo'"):
-        config.load("demo", objective="gsp")
+        loading.load("demo", objective="gsp")
     with pytest.raises(ValueError, match="is not one of"):
         group_advantages(torch.zeros(1, 2), estimator="raft")
     with pytest.raises(ValueError, match="needs ref_logprobs"):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
 from lite_trgrpo import report
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
 from lite_trgrpo.report import reading
 from lite_trgrpo.report.charts import Curve, chart
 from lite_trgrpo.store.run import Run
@@ -164,13 +164,13 @@ def test_more_runs_than_colours_are_all_drawn():
     ],
 )
 def test_the_command_on_the_page_makes_the_same_run_again(tmp_path, overrides):
-    config = options.load("demo", overrides=overrides)
+    config = loading.load("demo", overrides=overrides)
     run = Run(tmp_path / "run")
     run.create()
     run.describe(config, {})
     words = shlex.split(reading.command(reading.read(run)))
     assert words[:4] == ["lite-trgrpo", "train", "--preset", "demo"]
-    assert options.load("demo", overrides=words[5::2]) == config
+    assert loading.load("demo", overrides=words[5::2]) == config
     page = Page(report.write(run))  # a run that has only begun
     assert page.under("h2") == ["Held-out score", "Guards", "Time and memory", "Settings"]
 
@@ -186,7 +186,7 @@ def test_before_the_first_score_after_training_there_is_no_gain_and_no_arrow(run
 def test_where_no_preset_has_the_base_the_command_names_the_runs_own_options(run):
     words = shlex.split(reading.command(reading.read(run)))
     assert words[:3] == ["lite-trgrpo", "train", "--config"]
-    assert options.load(file=Path(words[3])) == options.load(file=run.folder / "config.toml")
+    assert loading.load(file=Path(words[3])) == loading.load(file=run.folder / "config.toml")
 
 
 def test_a_run_of_an_older_version_still_has_a_page(run):

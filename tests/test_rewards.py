@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lite_trgrpo import config
+from lite_trgrpo.config import loading
 from lite_trgrpo.errors import MissingPackageError, RewardError
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.rewards import BUILTINS, Reward, gym, load, score
@@ -604,7 +604,7 @@ def test_an_exception_is_chained() -> None:
 
 def test_the_example_gives_gold_full_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    settings = config.load("demo", Path("examples/own.toml"))
+    settings = loading.load("demo", Path("examples/own.toml"))
     rewards = load(settings.rewards.functions, settings.rewards.options)
     rows = [json.loads(line) for line in Path(settings.data.source).read_text().splitlines()]
     assert len(rows) == len({row["prompt"] for row in rows}) == 60

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lite_trgrpo.errors import ModelError
-from lite_trgrpo.policy import sample_all, sample_groups
+from lite_trgrpo.model.policy import sample_all, sample_groups
 from lite_trgrpo.records import Prompt, Sampling
 from lite_trgrpo.rollout import engine as engine_module
 from lite_trgrpo.rollout.engine import Engine, looping, slot_count

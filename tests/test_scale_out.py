@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("trl", reason="trl, whose trainer this builds on, is not installed (extra: trl)")
 
-from lite_trgrpo import config as options
-from lite_trgrpo import data
-from lite_trgrpo.backends import transformers as backend
+from lite_trgrpo.build import scoring_of
+from lite_trgrpo.config import loading
+from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import ConfigError
-from lite_trgrpo.memory import Limits
+from lite_trgrpo.model import hf
+from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.records import Completion, Group
-from lite_trgrpo.session import scoring_of
 from lite_trgrpo.training.update import prepare_rows, update
 from tests.tiny import tiny_model_folder
 from tests.trl_worker import CASES, LONGEST, MEMBERS, answers
@@ -46,7 +46,7 @@ def config_file(tmp_path_factory):
         f"[rollout]\ngroup_size = {MEMBERS}\nmax_new_tokens = {LONGEST}\n[eval]\nrows = 0\n"
         "[train]\nsteps = 1\nprompts_per_step = 3\nlearning_rate = 0.05\n"
     )
-    backend.load(options.load(file=file).model, seed=0).save_adapter(folder / "adapter")
+    hf.load(loading.load(file=file).model, seed=0).save_adapter(folder / "adapter")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     noise = torch.Generator().manual_seed(1)
     for name, weight in weights.items():
@@ -74,10 +74,10 @@ def trained(config_file, tmp_path_factory):
 
 def ours(file, settings):
     """Losses and gradients of each update in our own loop, on the same answers."""
-    config = options.load(file=file, overrides=settings)
-    policy = backend.load(config.model, seed=config.train.seed)
+    config = loading.load(file=file, overrides=settings)
+    policy = hf.load(config.model, seed=config.train.seed)
     groups = []
-    for example in data.load(config.data, 0)[0]:
+    for example in load_examples(config.data, 0)[0]:
         prompt = policy.encode(example.prompt)
         rows = [(prompt.ids, tuple(ids)) for ids in answers(prompt.text)]
         with torch.no_grad():
@@ -155,13 +155,13 @@ def test_answers_that_processes_cannot_share_are_refused(config_file, tmp_path, 
 
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(ConfigError, match=r"3 x rollout.group_size 4 = 12 answers .* over 5 processes"):
-        trl_arguments(options.load(file=config_file), tmp_path, torch.device("cpu"))
+        trl_arguments(loading.load(file=config_file), tmp_path, torch.device("cpu"))
 
 
 def test_a_preset_becomes_trls_options(tmp_path):
     """8 x 8 answers; 2048 tokens hold two rows of 300 + 512, and 32 micro-batches of two rows are a step."""
     from lite_trgrpo.integrations.trl import trl_arguments
 
-    made = trl_arguments(options.load("math-1.5b"), tmp_path, torch.device("cpu"))
+    made = trl_arguments(loading.load("math-1.5b"), tmp_path, torch.device("cpu"))
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (2, 32)
     assert made.generation_batch_size == 64 and made.num_generations == 8 and made.max_steps == 200

@@ -5,11 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
-from lite_trgrpo import data
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
+from lite_trgrpo.data import difficulty
+from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import DataError
-from lite_trgrpo.preflight import scan
 from lite_trgrpo.records import Example
 
 
@@ -28,13 +28,13 @@ def rows_of(path):
     [(0, 8, False), (1, 8, True), (8, 8, False), (1, 10, True), (9, 10, True), (1, 11, False), (0, 0, False)],
 )  # fmt: skip
 def test_prompts_between_a_tenth_and_nine_tenths_teach(solved, tried, teaches):
-    assert scan.teaches((solved, tried)) is teaches
+    assert difficulty.teaches((solved, tried)) is teaches
 
 
 def test_a_prompt_is_known_by_what_the_model_is_asked():
     plain, other = Example("2 + 2", {}, "a:1"), Example("2 + 2", {"answer": "5"}, "b:7")
     told = Example([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}], {}, "a:1")
-    assert scan.key(plain) == scan.key(other) != scan.key(told)
+    assert difficulty.key(plain) == difficulty.key(other) != difficulty.key(told)
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,18 @@ def test_a_prompt_is_known_by_what_the_model_is_asked():
      ("org/set-v1.0", "org-set-v1-0.scan.jsonl"), ("builtin:addition", "builtin-addition.scan.jsonl")],
 )  # fmt: skip
 def test_where_it_is_kept(source, file):
-    assert scan.default_file(source).as_posix() == file
+    assert difficulty.default_file(source).as_posix() == file
 
 
 def test_training_takes_only_prompts_of_medium_difficulty(tmp_path):
     """Every tenth prompt was solved 3 of 8 times, the others never, always, or were not scanned."""
-    loaded = options.load("demo")
-    training, heldout = data.load(loaded.data, 20)
+    loaded = loading.load("demo")
+    training, heldout = load_examples(loaded.data, 20)
     counts = {0: (3, 8), 1: (0, 8), 2: (8, 8)}
-    text = "".join(scan.line(e, *counts[i % 10], "base") for i, e in enumerate(training) if i % 10 in counts)
+    text = "".join(difficulty.line(e, *counts[i % 10], "base") for i, e in enumerate(training) if i % 10 in counts)
     (tmp_path / "s.jsonl").write_text(text)
-    config = options.load("demo", overrides=[f"data.scan={tmp_path / 's.jsonl'}"])
-    assert data.load(config.data, 20) == (training[::10], heldout)
+    config = loading.load("demo", overrides=[f"data.scan={tmp_path / 's.jsonl'}"])
+    assert load_examples(config.data, 20) == (training[::10], heldout)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_training_takes_only_prompts_of_medium_difficulty(tmp_path):
 def test_a_scan_that_is_of_no_use_says_so(tmp_path, text, message):
     if text is not None:
         (tmp_path / "s.jsonl").write_text(text)
-    config = options.load("demo", overrides=[f"data.scan={tmp_path / 's.jsonl'}"])
+    config = loading.load("demo", overrides=[f"data.scan={tmp_path / 's.jsonl'}"])
     with pytest.raises(DataError, match=message):
-        data.load(config.data, 0)
+        load_examples(config.data, 0)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_check_scans_goes_on_and_training_follows(guessing, tmp_path):
     teaching = {row["prompt"] for row in rows if 0 < row["solved"] < 4}
     assert 0 < len(teaching) < 8 and result["teaching"] == len(teaching)
     call("train", "--config", guessing, "-o", tmp_path / "r", "-s", f"data.scan={file}", "--steps", 3)
-    seen = {scan.key(Example(row["prompt"], {}, "")) for row in rows_of(tmp_path / "r" / "rollouts.jsonl")}
+    seen = {difficulty.key(Example(row["prompt"], {}, "")) for row in rows_of(tmp_path / "r" / "rollouts.jsonl")}
     assert seen == teaching
 
 

@@ -8,8 +8,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from typer.testing import CliRunner
 
-from lite_trgrpo import config as options
 from lite_trgrpo.cli import app
+from lite_trgrpo.config import loading
 
 
 def call(*arguments, stdin=None):
@@ -39,8 +39,8 @@ def test_what_a_run_leaves(run, tiny_config):
         "rollouts.jsonl", "run.json",
     ]  # fmt: skip
     # what was resolved at the start is written down: a resumed run decodes in the same batches
-    expected = options.load(file=tiny_config, overrides=["eval.samples=2", "rollout.cache_mib=2048"])
-    assert options.load(file=folder / "config.toml") == expected
+    expected = loading.load(file=tiny_config, overrides=["eval.samples=2", "rollout.cache_mib=2048"])
+    assert loading.load(file=folder / "config.toml") == expected
     facts = json.loads((folder / "run.json").read_text())
     assert {**facts["prompts"], "sha256": 64} == {"training": 8, "heldout": 4, "too_long": 0, "sha256": 64}
     assert facts["versions"]["torch"] == torch.__version__

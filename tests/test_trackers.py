@@ -5,9 +5,9 @@ import sqlite3
 import pytest
 from typer.testing import CliRunner
 
-from lite_trgrpo import trackers
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import MissingPackageError, RunError
+from lite_trgrpo.store import trackers
 
 STEP = {
     "step": 3, "reward_mean": 0.5, "grad_norm": None, "weight_histogram": [0.5, 0.5], "guards": {"kl": "red"},

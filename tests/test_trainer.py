@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lite_trgrpo import config as options
+from lite_trgrpo.build import encode
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.schema import Train
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.options import Train
 from lite_trgrpo.records import Example
 from lite_trgrpo.store.checkpoint import newest
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.training import trainer
-from lite_trgrpo.training.job import Listener
+from lite_trgrpo.training import loop
 from lite_trgrpo.training.optimizer import learning_rate_at
+from lite_trgrpo.training.state import Listener
 from lite_trgrpo.training.stopping import Stop
 from tests.toy import InProcess, ToyPolicy
 
@@ -45,9 +46,9 @@ def run_toy(
     settings = {section: {**values, **(changes or {}).get(section, {})} for section, values in BASE.items()}
     for section, values in (changes or {}).items():
         settings.setdefault(section, values)
-    config = options.validate(settings)
+    config = loading.validate(settings)
     policy = policy or ToyPolicy()
-    encoded, _ = trainer.encode(policy, EXAMPLES, 8)
+    encoded, _ = encode(policy, EXAMPLES, 8)
     run = Run(folder)
     if not resume:
         Run.vacant(folder).create()
@@ -62,7 +63,7 @@ def run_toy(
     listener = Listener(
         step=killer, doing=lambda what: None, evaluated=lambda line: None, warned=warned, saved=lambda: None
     )
-    trainer.train(
+    loop.train(
         config, policy, encoded, encoded, InProcess(config.rewards.functions, config.rewards.options), run, listener,
         stop or Stop(), resume=newest(run.checkpoints) if resume else None,
     )  # fmt: skip

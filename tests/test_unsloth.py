@@ -12,10 +12,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lite_trgrpo.backends import choice, transformers, unsloth
+from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError
-from lite_trgrpo.options import Model
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.model import hf, select, unsloth
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Sampling
 from tests.tiny import tiny_model_folder
 
@@ -140,21 +140,21 @@ def test_vllm_samples_the_policy_and_without_its_adapter_the_base(folder, vllm):
     on = sample_all(policy, prompts, greedy)
     with policy.reference():
         off = sample_all(policy, prompts, greedy)
-    base = transformers.load(options, seed=3)
+    base = hf.load(options, seed=3)
     assert [group[0].ids for group in off] == [group[0].ids for group in sample_all(base, prompts, greedy)]
     assert [group[0].ids for group in on] != [group[0].ids for group in off]
 
 
 def test_vllm_is_unsloths_alone(folder):
     with pytest.raises(ModelError, match=r"rollout\.engine = vllm is unsloth's, .* --set rollout\.engine=groups"):
-        choice.load(Model(name=folder, device="cpu"), seed=0, vllm=True)
+        select.load(Model(name=folder, device="cpu"), seed=0, vllm=True)
 
 
 def test_it_is_the_same_policy(folder, package):
     """Same base, same adapter seed: what it samples and says of it is what the other backend says."""
     options = Model(name=folder, device="cpu", lora_rank=4, lora_targets=["q_proj", "down_proj"])
     ours = unsloth.load(options, seed=3, gradient_checkpointing=True, longest=40)
-    other = transformers.load(options, seed=3)
+    other = hf.load(options, seed=3)
     assert package[0] == "inference" and package[1] == "unsloth"  # the check samples, then takes a gradient
     assert ours.trainable().keys() == other.trainable().keys()
     prompt = ours.encode("2 + 2")
@@ -201,23 +201,23 @@ def test_a_gradient_that_does_not_arrive_is_refused(folder, package, monkeypatch
 def test_asked_for_by_name_its_absence_is_an_error(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)  # import unsloth raises ImportError
     with pytest.raises(ModelError, match=r"unsloth cannot be imported: .* Type --set model.backend=transformers"):
-        choice.load(Model(name=folder, device="cpu", backend="unsloth"), seed=0)
+        select.load(Model(name=folder, device="cpu", backend="unsloth"), seed=0)
 
 
 @pytest.mark.parametrize("broken", ["import", "load"])
 def test_left_to_us_the_other_backend_takes_over(folder, package, monkeypatch, capsys, broken):
     """Where there is a card; without one the choice is made before."""
-    monkeypatch.setattr(choice, "choose", lambda _: ("unsloth", "a card and the package are there"))
+    monkeypatch.setattr(select, "choose", lambda _: ("unsloth", "a card and the package are there"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(choice.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select.torch.cuda, "is_available", lambda: True)
     if broken == "import":
         monkeypatch.setitem(sys.modules, "unsloth", None)
     else:
         fast = sys.modules["unsloth"].FastLanguageModel
         monkeypatch.setattr(fast, "from_pretrained", staticmethod(lambda **_: 1 / 0))
-    monkeypatch.setattr(transformers, "load", lambda options, **_: "the other")
+    monkeypatch.setattr(hf, "load", lambda options, **_: "the other")
     monkeypatch.setattr(unsloth, "resolve_device", lambda _: torch.device("cpu"))
-    assert choice.load(Model(name=folder), seed=0) == "the other"
+    assert select.load(Model(name=folder), seed=0) == "the other"
     [line] = capsys.readouterr().err.splitlines()
     expected = {"import": "unsloth cannot be imported", "load": "unsloth failed here: division by zero"}
     assert line.startswith("backend: transformers (") and expected[broken] in line

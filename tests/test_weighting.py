@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lite_trgrpo.memory import Limits
-from lite_trgrpo.options import Objective
-from lite_trgrpo.policy import sample_all
+from lite_trgrpo.config.schema import Objective
+from lite_trgrpo.model.oom import Limits
+from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Example, Group, Sampling
 from lite_trgrpo.training import update as module
 from lite_trgrpo.training.tokenstats import BINS, TokenStatistics, histogram

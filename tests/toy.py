@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lite_trgrpo.logprobs import selected_logprobs
+from lite_trgrpo.model.logprobs import selected_logprobs
 from lite_trgrpo.records import Completion, Prompt
 from lite_trgrpo.rewards import load, score
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms

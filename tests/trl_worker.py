@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl.trainer import utils as trl_utils
 
-from lite_trgrpo import config as options
+from lite_trgrpo.config import loading
 from lite_trgrpo.integrations.trl import trainer_of
 from tests.tiny import END, VOCABULARY
 
@@ -69,7 +69,7 @@ class Recorder(TrainerCallback):
 
 
 def run(file: Path, output: Path, settings: Sequence[str], rows: int) -> tuple[list[float], Mapping[str, object]]:
-    config = options.load(file=file, overrides=settings)
+    config = loading.load(file=file, overrides=settings)
     changes = {"optim": "sgd", "max_grad_norm": 1e9, "save_strategy": "no", "disable_tqdm": True}
     longest = config.data.max_prompt_tokens + LONGEST
     config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": rows * longest})})
@@ -83,7 +83,7 @@ def run(file: Path, output: Path, settings: Sequence[str], rows: int) -> tuple[l
 
 def sampled(file: Path, output: Path) -> None:
     """A step of TRL's own sampling, its metrics and the adapter it leaves."""
-    with trainer_of(options.load(file=file), output, save_strategy="no", disable_tqdm=True) as trainer:
+    with trainer_of(loading.load(file=file), output, save_strategy="no", disable_tqdm=True) as trainer:
         trainer.train()
         trainer.save_model(str(output / "adapter"))
         (output / "log.json").write_text(json.dumps(trainer.state.log_history))

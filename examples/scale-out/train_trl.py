@@ -6,7 +6,7 @@ accelerate launch --config_file examples/scale-out/zero2.yaml examples/scale-out
 import argparse
 from pathlib import Path
 
-from lite_trgrpo import config
+from lite_trgrpo.config import loading
 from lite_trgrpo.integrations.trl import trainer_of
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,6 +18,8 @@ parser.add_argument("--vllm", action="store_true", help="sample with vLLM on the
 given = parser.parse_args()
 
 vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4} if given.vllm else {}
-with trainer_of(config.load(given.preset, None, given.set, objective=given.objective), given.output, **vllm) as trainer:
+with trainer_of(
+    loading.load(given.preset, None, given.set, objective=given.objective), given.output, **vllm
+) as trainer:
     trainer.train()
     trainer.save_model(str(given.output / "adapter"))

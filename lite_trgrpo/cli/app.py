@@ -1,6 +1,7 @@
 """The application, the options that commands share, how a command fails."""
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 
 from lite_trgrpo import __version__
 from lite_trgrpo.errors import LiteError
+from lite_trgrpo.text import plain
 from lite_trgrpo.training.stopping import Stopped
 
 app = typer.Typer(
@@ -45,10 +47,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        show_messages()
         try:
             function(*args, **kwargs)
         except LiteError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {plain(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
@@ -58,6 +61,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapper
+
+
+def show_messages() -> None:
+    """Let what the library logs appear on the terminal, once however many commands run in this process."""
+    library = logging.getLogger("lite_trgrpo")
+    if not library.handlers:
+        from lite_trgrpo.terminal.screen import Messages
+
+        library.addHandler(Messages())
+        library.setLevel(logging.INFO)
 
 
 def patience() -> None:
@@ -71,3 +84,28 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(__version__)
         raise typer.Exit()
+
+
+VramOption = Annotated[
+    str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
+]
+
+
+def size_in_bytes(vram: str | None) -> int | None:
+    from lite_trgrpo.config.schema import memory_bytes
+
+    try:
+        return None if vram is None else memory_bytes(vram)
+    except ValueError as error:
+        raise typer.BadParameter(f"--vram {vram!r} {error}") from None
+
+
+def run_options(preset: str | None, adapter: str | None) -> Path | None:
+    """The options of the run that an adapter lies in, where no others are given. An adapter that is nowhere is refused
+    before anything is loaded.
+    """
+    from lite_trgrpo.config.loading import adapter_folder
+
+    folder = adapter_folder(adapter) if adapter else None
+    file = folder.parent / "config.toml" if folder is not None and preset is None else None
+    return file if file is not None and file.is_file() else None

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_trgrpo import data, session
-from lite_trgrpo.backends import transformers as backend
-from lite_trgrpo.backends.loading import resolve_device, resolve_dtype
-from lite_trgrpo.backends.template import Template
+from lite_trgrpo import build
+from lite_trgrpo.config.schema import Config, Objective
+from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import ConfigError, DataError, MissingPackageError
+from lite_trgrpo.model import hf
+from lite_trgrpo.model.loading import resolve_device, resolve_dtype
+from lite_trgrpo.model.template import Template
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
-from lite_trgrpo.options import Config, Objective
 from lite_trgrpo.records import Completion, Example, Group, Prompt
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.training.weighting import reading, weights_of
@@ -180,9 +181,9 @@ def trainer_of(config: Config, folder: Path, **changes: Any) -> Iterator[TRGRPOT
     arguments = trl_arguments(config, folder, device, **changes)  # starts the processes' group and picks their card
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    with session.scoring_of(config) as scoring:
-        training, _ = data.load(config.data, config.eval.rows)
-        model, template, _ = backend.parts(config.model, device, config.train.seed)
+    with build.scoring_of(config) as scoring:
+        training, _ = load_examples(config.data, config.eval.rows)
+        model, template, _ = hf.parts(config.model, device, config.train.seed)
         ends = template.end_ids(model.get_base_model().generation_config)
         model.generation_config.eos_token_id = sorted(ends)  # TRL reads them from here
         encoded = [(example, template.encode(example.prompt)) for example in training]

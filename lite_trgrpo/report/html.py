@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.screen import plain
+from lite_trgrpo.text import plain
 
 VOID = {"meta"}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lite_trgrpo import config as options
-from lite_trgrpo.config import Settings
-from lite_trgrpo.options import SECTIONS, Guards, Objective, Section
+from lite_trgrpo.config import loading
+from lite_trgrpo.config.loading import Settings
+from lite_trgrpo.config.schema import SECTIONS, Guards, Objective, Section
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards
 
@@ -42,7 +42,7 @@ class Story:
 
 
 def read(run: Run) -> Story:
-    raw = options.read_toml(run.folder / "config.toml")
+    raw = loading.read_toml(run.folder / "config.toml")
     settings = {name: _defaults(section) | raw.get(name, {}) for name, section in SECTIONS.items()}
     logs = [path for path in (run.folder / "metrics.jsonl", run.folder / "config.toml") if path.exists()]
     written = datetime.fromtimestamp(logs[0].stat().st_mtime)
@@ -67,7 +67,7 @@ def flat(settings: Settings) -> dict[str, Any]:
 def differences(settings: Settings) -> tuple[str | None, dict[str, tuple[Any, Any]]]:
     """-> the preset of this base that is nearest, and by option its value and the run's; None: the defaults."""
     ours = flat(settings)
-    known = {name: flat(options.load(name).model_dump()) for name in options.presets()}
+    known = {name: flat(loading.load(name).model_dump()) for name in loading.presets()}
     same = {name: theirs for name, theirs in known.items() if theirs["model.name"] == ours["model.name"]}
     same = same or {"": flat({name: _defaults(section) for name, section in SECTIONS.items()})}
     found = {

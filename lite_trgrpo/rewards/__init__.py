@@ -12,8 +12,8 @@ All lists have one entry for each completion. `columns` are the data's other col
 repeated for each completion of a prompt. None means: this answer cannot be graded.
 """
 
-from lite_trgrpo.rewards.cage import Cage
 from lite_trgrpo.rewards.loading import BUILTINS, Reward, load
+from lite_trgrpo.rewards.sandbox import Cage
 from lite_trgrpo.rewards.scoring import Scorer, failure_counts, score
 
 __all__ = ["BUILTINS", "Cage", "Reward", "Scorer", "failure_counts", "load", "score"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lite_trgrpo.config import nearest
+from lite_trgrpo.config.loading import nearest
 from lite_trgrpo.errors import RewardError
 from lite_trgrpo.rewards import gym, maths, puzzles, text
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from lite_trgrpo.errors import LiteError
 from lite_trgrpo.records import Completion, Example, Group, Prompt
-from lite_trgrpo.rewards import wire
+from lite_trgrpo.rewards import serialization
 from lite_trgrpo.rewards.loading import Reward, load
 from lite_trgrpo.rewards.scoring import FunctionRaisedError, values
 
@@ -36,9 +36,9 @@ def main() -> None:
     rewards: list[Reward] = []
     try:
         for line in requests:
-            message = wire.loads(line)
+            message = serialization.loads(line)
             reply = _call(message, rewards) if "reward" in message else _load(message, rewards)
-            replies.write(wire.dumps(reply))
+            replies.write(serialization.dumps(reply))
             replies.flush()
     except MemoryError:  # whatever took it may still hold it: only a new process is as good as new
         os._exit(OUT_OF_MEMORY)
@@ -50,7 +50,7 @@ def group_message(group: Group, members: Sequence[int]) -> dict[str, Any]:
     return {
         "origin": group.example.origin,
         "prompt": group.example.prompt,
-        "columns": wire.pack(dict(group.example.columns)),
+        "columns": serialization.pack(dict(group.example.columns)),
         "prefix": group.prompt.prefix,
         "texts": [completion.text for completion in chosen],
         "ids": [completion.ids for completion in chosen],
@@ -61,7 +61,7 @@ def group_message(group: Group, members: Sequence[int]) -> dict[str, Any]:
 def _group(message: Mapping[str, Any]) -> Group:
     parts = zip(message["ids"], message["texts"], message["stopped"], strict=True)
     return Group(
-        Example(message["prompt"], wire.unpack(message["columns"]), message["origin"]),
+        Example(message["prompt"], serialization.unpack(message["columns"]), message["origin"]),
         Prompt((), "", message["prefix"]),
         [Completion(tuple(ids), (), (), text, stopped) for ids, text, stopped in parts],
     )
@@ -70,7 +70,7 @@ def _group(message: Mapping[str, Any]) -> Group:
 def _load(message: Mapping[str, Any], rewards: list[Reward]) -> dict[str, Any]:
     limited = _limit_memory(message["memory"])
     try:
-        rewards += load(message["functions"], wire.unpack(message["options"]), message["must_stop"])
+        rewards += load(message["functions"], serialization.unpack(message["options"]), message["must_stop"])
     except LiteError as error:
         return _refusal(error)
     return {"memory_limited": limited}

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lite_trgrpo.attention import Attend, Packed
 from lite_trgrpo.records import Sampling
+from lite_trgrpo.rollout.attention import Attend, Packed
 from lite_trgrpo.rollout.cache import GroupCache, bucket
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 

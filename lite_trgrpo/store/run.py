@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config import to_toml
+from lite_trgrpo.config.loading import to_toml
+from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.options import Config
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.store.disk import sync, write_whole
 

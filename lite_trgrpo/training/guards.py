@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from lite_trgrpo.options import Guards
+from lite_trgrpo.config.schema import Config, Guards
 
 SOLVED = 0.9  # share of answers from which on a policy that has stopped varying them is what one wants
 LUCK = 1e-3  # chance below which silence is no luck
 RISE = 1.2  # an answer this much longer than at the start has grown
 NAMES = ("finite", "entropy", "grad_norm", "kl", "truncated", "update_kl", "signal", "length", "held_out")
+
+NEARLY_ALL = 0.9  # share of truncated answers before training that explains why none is right
 
 Line = Mapping[str, Any]
 
@@ -160,3 +162,26 @@ def good_steps(history: Sequence[Line], saved: Collection[int]) -> list[int]:
         and line["guards"].keys() <= {"update_kl"}
         and (line["groups_with_signal"] or line["solved"] >= SOLVED)
     ]
+
+
+PROOF = 100  # answers without one that is right: fewer than 3 in 100 are, with 95 % confidence
+
+
+def of_first_step(before: Mapping[str, Any], metrics: Mapping[str, Any], config: Config) -> str | None:
+    """Why a run should end after its first step; None if it should go on.
+
+    Judged from what it has sampled anyhow: the held-out score `before` training and the first step's `metrics`. One
+    right answer among hundreds is enough to go on, so few of them prove nothing.
+    """
+    answers = len(before["rows"]) * (1 + config.eval.samples)
+    if metrics["groups_with_signal"] > 0 or answers < PROOF:
+        return None
+    solved = sum(row["solved"] + row.get("samples_solved", 0) for row in before["rows"])
+    if solved == answers:
+        return f"{answers} of {answers} held-out answers right before training: take harder prompts in data.source"
+    if solved:
+        return None
+    reason = "look at `lite-trgrpo check rewards` with the same options, take easier prompts or a larger base"
+    if before["truncated"] >= NEARLY_ALL:
+        reason = f"{before['truncated']:.0%} were cut off: raise rollout.max_new_tokens"
+    return f"no right answer among {answers} held-out ones and no signal in the first step: {reason}"

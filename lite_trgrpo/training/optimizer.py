@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite_trgrpo.options import Train
+from lite_trgrpo.config.schema import Train
 
 
 def learning_rate_at(step: int, options: Train) -> float:

@@ -4,7 +4,7 @@ import time
 
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.training import guards
-from lite_trgrpo.training.job import Job, Metrics
+from lite_trgrpo.training.state import Job, Metrics
 
 
 def save_if_due(job: Job) -> None:

@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.errors import OutOfMemoryError
-from lite_trgrpo.memory import Limits, free, ran_out
+from lite_trgrpo.model.oom import Limits, free, ran_out
+from lite_trgrpo.model.packing import Ids, by_prompt
+from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
-from lite_trgrpo.options import Objective
-from lite_trgrpo.policy import Policy
 from lite_trgrpo.records import Completion, Group
-from lite_trgrpo.training.packing import Ids, by_prompt
 from lite_trgrpo.training.tokenstats import TokenStatistics, merged
 from lite_trgrpo.training.weighting import step_mean, weight_range, weights_of
 

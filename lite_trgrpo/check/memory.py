@@ -1,0 +1,101 @@
+"""Before a run: will it fit, and how long will it take?"""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import psutil
+import torch
+
+from lite_trgrpo.check.plan import Plan, fitting, plan
+from lite_trgrpo.config.loading import load
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.errors import LiteError
+from lite_trgrpo.model.loading import load_config, resolve_device, resolve_dtype
+from lite_trgrpo.store.run import Run
+
+CARD_OVERHEAD = 600 * 2**20  # a CUDA context and what its libraries keep; an assumption until measured on a card
+DESKTOP = 512 * 2**20  # left for what else the card shows
+
+
+def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | None]:
+    """What the run will take against what there is (bytes), and options that fit if these do not.
+
+    vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
+    `data.max_prompt_tokens` allows.
+    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps)}
+    """
+    device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
+    assumed = config.model.dtype == "auto" and vram is not None
+    dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
+    shape, longest = load_config(config.model), config.data.max_prompt_tokens
+    given, found = config, plan(config, shape, dtype, longest)
+    overhead, available = _room(device, vram, found)
+    if device.type == "cuda" and config.rollout.cache_mib is None:
+        config = _with_cache(config, found, available - overhead)
+        found = plan(config, shape, dtype, longest)
+    parts = {name: getattr(found, name) for name in ("weights", "adapter", "cache", "rollout", "update")}
+    result = {
+        "parts": {**parts, "overhead": overhead},
+        "peak": found.peak + overhead,
+        "available": available,
+        "slots": found.slots,
+        "fits": found.peak + overhead <= available,
+        "changes": [],
+    }
+    if result["fits"]:
+        return result, given
+    fit = fitting(config, shape, dtype, longest, available - overhead)
+    result["changes"] = None if fit is None else fit[1]
+    return result, None if fit is None else fit[0]
+
+
+def _with_cache(config: Config, found: Plan, room: int) -> Config:
+    """What a run takes by itself: a third of what is free once the model is loaded."""
+    mib = max(1, (room - found.weights) // 3 // 2**20)
+    return config.changed("rollout", cache_mib=mib)
+
+
+def past(config: Config, runs: Path) -> dict[str, Any] | None:
+    """How long a run will take, and what the same model took before, by the newest run of it in `runs`; None: none yet.
+
+    -> {"run", "step_s", "hours" (evaluations included), "peak" (bytes; of the card where there is one)}. A step is
+    taken to cost as much a token as then, answers to be as long.
+    """
+    written = sorted(runs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in written:
+        try:
+            run = Run.existing(path.parent)
+            before, steps, scores = load(file=run.folder / "config.toml"), run.metrics(), run.evaluations()
+        except LiteError:  # an older version's, or a broken one
+            continue
+        kept = ("name", "quantization", "device")
+        same = all(getattr(before.model, key) == getattr(config.model, key) for key in kept)
+        if not same or not any(step["groups_with_signal"] for step in steps):  # without signal there is no update
+            continue
+        clocks = [step["clock"] for step in steps]
+        seconds = sum(clock["rollout_s"] + clock["reward_s"] + clock["update_s"] for clock in clocks)
+        length = min(fmean(step["length_mean"] for step in steps), config.rollout.max_new_tokens)
+        tokens = length * config.train.prompts_per_step * config.rollout.group_size
+        step_s = seconds / max(1, sum(step["tokens"] for step in steps)) * tokens
+        times = 2 + (config.train.steps - 1) // config.eval.every if config.eval.every else 2
+        eval_s = times * fmean(score["clock"]["eval_s"] for score in scores) if scores else 0.0
+        peak = max(clock.get("cuda_peak_mib", clock["rss_mib"]) for clock in clocks)
+        hours = (step_s * config.train.steps + eval_s) / 3600
+        return {"run": str(run.folder), "step_s": step_s, "hours": hours, "peak": int(peak * 2**20)}
+    return None
+
+
+def _room(device: torch.device, vram: int | None, found: Plan) -> tuple[int, int]:
+    """-> what the libraries themselves take, and what there is for the run (bytes).
+
+    On a CPU the C library keeps what sampling has freed while the update runs, and about a fifth of the update in gaps
+    (benchmarks/growth.txt); the libraries of the run have been loaded by the time that there is a plan.
+    """
+    if vram is not None:
+        return CARD_OVERHEAD, vram - DESKTOP
+    if device.type == "cuda":
+        return CARD_OVERHEAD, torch.cuda.mem_get_info(device)[0] - DESKTOP
+    taken = psutil.Process().memory_info().rss
+    kept = min(found.cache + found.rollout, found.update) + found.update // 5
+    return taken + kept, psutil.virtual_memory().available + taken

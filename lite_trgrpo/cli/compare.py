@@ -1,0 +1,58 @@
+"""Commands that look, before and beside a run: check, init, diagnose, compare."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lite_trgrpo.cli.app import (
+    ConfigOption,
+    PresetOption,
+    SetOption,
+    app,
+    command,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+@command
+def compare(
+    objectives: Annotated[str, typer.Option("--objectives", help="Objective recipes, separated by commas")],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    seeds: Annotated[str, typer.Option("--seeds", help="Values of train.seed, separated by commas")] = "0,1,2",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the arms, table and figure")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Train the same run under several objectives: same prompts, same initial weights, same seeds.
+
+    Stopped and called again it goes on where it was.
+    Example: lite-trgrpo compare --preset demo --objectives grpo,constant,tr-grpo,reverse
+    """
+    from lite_trgrpo.config import loading
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
+    # arms that replace or choose prompts would not see the same ones; one at half the learning rate would be another
+    same = {"rollout.top_up_rounds": 0, "train.prefer_half": False, "guards.rollbacks": 0}
+    arms = {
+        (name, int(seed)): loading.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
+        for seed in seeds.split(",")
+        for name in (objective.strip() for objective in objectives.split(","))
+    }
+    from lite_trgrpo.report import figures
+    from lite_trgrpo.study import compare as comparing
+    from lite_trgrpo.terminal import screen
+
+    picture = output / "compare.svg"
+    figures.check(picture)
+    result = comparing.run_arms(arms, output)
+    (output / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    screen.show([screen.comparison_table(result["objectives"])])
+    figures.comparison(result["curves"], picture)

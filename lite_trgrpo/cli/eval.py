@@ -1,0 +1,46 @@
+"""TODO"""
+
+import json
+from typing import Annotated
+
+import typer
+
+from lite_trgrpo.cli.app import (
+    AdapterOption,
+    ConfigOption,
+    PresetOption,
+    SetOption,
+    app,
+    command,
+    patience,
+    run_options,
+)
+
+
+@app.command(name="eval")
+@command
+def evaluate(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    adapter: AdapterOption = None,
+    set_: SetOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each row with its answer")] = False,
+) -> None:
+    """Score an adapter, or the base without one, on held-out rows of any source.
+
+    An adapter in a run's folder brings that run's options, where no preset or config is given.
+    Example: lite-trgrpo eval --adapter runs/demo/adapter
+    """
+    from lite_trgrpo.config import loading
+
+    resolved = loading.load(preset, config or run_options(preset, adapter), set_, {"model.adapter": adapter})
+    patience()
+    from lite_trgrpo import session
+
+    result = session.evaluate(resolved)
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    from lite_trgrpo.terminal.screen import score_table, show
+
+    show([score_table(result, resolved.model.adapter or f"{resolved.model.name}, no adapter")])

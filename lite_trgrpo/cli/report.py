@@ -1,0 +1,40 @@
+"""TODO"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lite_trgrpo.cli.app import app, command
+
+
+@app.command()
+@command
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; none: list those in runs/", metavar="[RUN ...]")
+    ] = [],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file of a comparison; default comparison.html")
+    ] = None,
+) -> None:
+    """Write RUN/report.html and print its path; of several runs a comparison; without any list what there is.
+
+    `train` writes it too, at every checkpoint and at the end.
+    Example: lite-trgrpo report runs/demo
+    """
+    if output is not None and len(runs) < 2:
+        raise typer.BadParameter(
+            "--output is for a comparison: name two runs or more; one run's report is in its folder"
+        )
+    if not runs:
+        from lite_trgrpo.store import listing
+
+        for line in listing.runs(Path("runs")):
+            print(line)
+        return
+    from lite_trgrpo import report as reports
+    from lite_trgrpo.store.run import Run
+
+    found = [Run.existing(run) for run in runs]
+    print(reports.write(found[0]) if len(found) == 1 else reports.compare(found, output or Path("comparison.html")))

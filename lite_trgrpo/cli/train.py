@@ -1,0 +1,88 @@
+"""Commands that run the model: train, eval, chat."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lite_trgrpo.cli.app import (
+    ConfigOption,
+    ObjectiveOption,
+    PresetOption,
+    SeedOption,
+    SetOption,
+    app,
+    command,
+    patience,
+)
+from lite_trgrpo.training.stopping import Stop, next_time
+
+
+@app.command()
+@command
+def train(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")
+    ] = None,
+    objective: ObjectiveOption = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or with the newest unfinished one")] = False,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run's folder")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours, resumably")] = None,
+    stop_at: Annotated[
+        str | None, typer.Option("--stop-at", metavar="HH:MM", help="Stop at this time of day, resumably")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="A line a step instead of the live panel")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Metrics and evaluations as JSON lines on stdout, for scripts")
+    ] = False,
+) -> None:
+    """Train a LoRA adapter. On a terminal a live panel shows how it goes.
+
+    Example: lite-trgrpo train --preset demo
+    """
+    from lite_trgrpo.config import loading
+
+    if max_hours is not None and not max_hours > 0:
+        raise typer.BadParameter(f"--max-hours {max_hours:g} must be above 0")
+    stop = Stop(max_hours, next_time(stop_at, datetime.now()) if stop_at is not None else None)
+    named = {"train.steps": steps, "train.seed": seed}
+    if resume:
+        if preset or config or output or objective:
+            raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
+        from lite_trgrpo.store import resuming
+
+        run = resuming.to_resume(run)
+        resolved, changed = loading.resumed(run, set_, named)
+        for line in changed:
+            print(f"changed: {line}", file=sys.stderr)
+    elif run and run.suffix == ".toml":
+        raise typer.BadParameter(f"'{run}' stands alone: type --config {run}")
+    elif run and run.is_file():
+        raise typer.BadParameter(f"'{run}' is a file: type lite-trgrpo init {run}, or --config {run} for options")
+    elif run:
+        raise typer.BadParameter(f"'{run}' stands alone: type --preset {run}, or --resume {run} to go on with a run")
+    else:
+        resolved = loading.load(preset, config, set_, named, objective)
+    if dry_run:
+        print(loading.to_toml(resolved), end="")
+        return
+    patience()
+    from lite_trgrpo import session
+    from lite_trgrpo.terminal import screen
+
+    name = preset or (config.stem if config else "run")
+    output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    show: Literal["panel", "plain", "json"] = "json" if as_json else "plain" if plain else "panel"
+    evaluations = session.train(resolved, output, run, stop, show).evaluations()
+    if len(evaluations) > 1 and not as_json:
+        screen.show(screen.comparison(evaluations[0], evaluations[-1]))
+        folder = run or output
+        screen.say(f"next: lite-trgrpo chat --adapter {folder / 'adapter'} --compare, or lite-trgrpo export {folder}")

@@ -1,0 +1,227 @@
+"""From presets, files and flags to a run's options, and back to TOML.
+
+Values come from, later winning: the defaults in `options.py`, a preset, a TOML file, an objective recipe,
+`--set section.key=value`, named flags. A key's value is replaced as a whole (a table such as `rewards.functions` is one
+value, it is not merged); only a recipe's reward is added to the preset's.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from lite_trgrpo.config.schema import SECTIONS, Config, Guards, Rewards
+from lite_trgrpo.errors import ConfigError, ModelError
+
+Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validated
+
+# What a resumed run may change: how long, how often, how much at once. All else decides what its steps are.
+MAY_CHANGE = {"train.steps", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"}
+MAY_CHANGE |= {"train.micro_batch_tokens", "train.gradient_checkpointing", "rollout.max_rows", "eval.every"}
+MAY_CHANGE |= {"train.track"}
+MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset: inside the installed package, or `presets/` of a checkout."""
+    here = Path(__file__).parent.parent
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def objectives() -> dict[str, Path]:
+    """Name -> file of every objective recipe: a few options that are laid over a preset."""
+    folder = next(iter(presets().values())).parent / "objectives"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def nearest(word: str, allowed: Sequence[str]) -> str:
+    """` Did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset by name; an unknown one is an error that lists them."""
+    return _named("preset", name, presets())
+
+
+def objective_path(name: str) -> Path:
+    """The file of an objective recipe by name; an unknown one is an error that lists them."""
+    return _named("objective", name, objectives())
+
+
+def _named(kind: str, name: str, known: dict[str, Path]) -> Path:
+    if name not in known:
+        raise ConfigError(f"no {kind} '{name}'.{nearest(name, list(known))} There are: {', '.join(known)}")
+    return known[name]
+
+
+def head_comment(path: Path) -> dict[str, str]:
+    """The `# Key: value` lines at the top of a preset or recipe, keys in lower case."""
+    found: dict[str, str] = {}
+    key = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        word, colon, rest = text.partition(":")
+        if colon and word.isalpha():
+            key, text = word.lower(), rest.strip()
+            found[key] = text
+        elif key:
+            found[key] += f" {text}"
+    return found
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder that `model.adapter` names; None: it is a Hub id. Raises ModelError where it is neither."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "runs/")):
+        raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
+    return None
+
+
+def read_toml(path: Path) -> Settings:
+    """A preset or config file as raw settings."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}. Give an existing .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = path.suffix in (".jsonl", ".csv", ".parquet")
+        hint = f". For a config around this data type: lite-trgrpo init {path}" if data else ""
+        raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
+    return raw
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """`section.key=value` -> (section, key, value). The value is TOML; what is no TOML is a string."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        known = [f"{part}.{name}" for part, model in SECTIONS.items() for name in model.model_fields]
+        meant = [full for full in known if full.rpartition(".")[2] == section] if equals else []
+        example = f"{meant[0]}={value}" if meant else "train.learning_rate=2e-5"
+        raise ConfigError(f"--set {text!r} is not section.key=value, e.g. --set {example}")
+    try:
+        return section, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value.strip()
+
+
+def load(
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] | None = None,
+    objective: str | None = None,
+) -> Config:
+    """Resolve a run's options. `named` holds dotted names from command-line flags; None means not given."""
+    merged: Settings = {}
+    if preset is not None:
+        _lay_over(merged, preset_path(preset))
+    if file is not None:
+        _lay_over(merged, file)
+    if objective is not None:
+        # a recipe adds its reward to those there are instead of replacing them
+        given = merged.get("rewards", {}).get("functions", Rewards().functions)
+        _lay_over(merged, objective_path(objective))
+        added = merged.get("rewards", {}).get("functions", {})
+        merged.setdefault("rewards", {})["functions"] = given | added if isinstance(given, dict) else given
+    for section, key, value in map(parse_override, overrides):
+        merged.setdefault(section, {})[key] = value
+    for name, value in (named or {}).items():
+        if value is not None:
+            section, key = name.split(".")
+            merged.setdefault(section, {})[key] = value
+    return validate(merged)
+
+
+def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The options of the run in `folder` with what is given over them -> options, and what changed, for the person."""
+    file = folder / "config.toml"
+    before, after = load(file=file), load(None, file, overrides, named)
+    was, now = before.model_dump(), after.model_dump()
+    changed = {
+        f"{section}.{key}": f"{section}.{key}: {old!r} -> {now[section][key]!r}"
+        for section, values in was.items()
+        for key, old in values.items()
+        if old != now[section][key]
+    }
+    if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
+        raise ConfigError(
+            f"{'; '.join(refused)}: a run keeps this to its end. Start a new one from its adapter with "
+            f"--set 'model.adapter=\"{folder / 'adapter'}\"'. What may change: {', '.join(sorted(MAY_CHANGE))}"
+        )
+    return after, list(changed.values())
+
+
+def _lay_over(merged: Settings, path: Path) -> None:
+    for section, values in read_toml(path).items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
+        merged.setdefault(section, {}).update(values)
+
+
+def validate(settings: Settings) -> Config:
+    """Raw settings -> Config, or one ConfigError with every problem in it, one a line."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _problem(item: dict[str, Any]) -> str:
+    place = [str(part) for part in item["loc"]]
+    name = ".".join(place)
+    if item["type"] == "extra_forbidden":
+        allowed = list(SECTIONS) if len(place) == 1 else list(SECTIONS[place[0]].model_fields)
+        kind = "section" if len(place) == 1 else "option"
+        table, _, entry = place[-1].partition(".")
+        field = SECTIONS[place[0]].model_fields.get(table) if kind == "option" else None
+        if field is not None and isinstance(field.default, dict):
+            whole = f"{place[0]}.{table}={{ {entry} = {json.dumps(item['input'], default=str)} }}"
+            return f"'{name}': a table is set as a whole: --set '{whole}'"
+        return f"unknown {kind} '{name}'.{nearest(place[-1], allowed)} Allowed: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        if len(place) == 1:  # model and data are the two sections that a run cannot do without
+            key = "name" if name == "model" else "source"
+            return (
+                f"{name}.{key} is not set. Type --preset NAME (`lite-trgrpo presets list`), or --config FILE "
+                f"(`lite-trgrpo init my.jsonl` writes one), or --set {name}.{key}=..."
+            )
+        return f"{name} is not set. Type --set {name}=..."
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if len(place) == 1:  # the section as a whole: its values do not fit together
+        return f"{name}: {message}"
+    if item["type"] == "string_type" and not isinstance(item["input"], list | dict):
+        message += f"; quote it: --set '{name}=\"{item['input']}\"'"
+    return f"{name} = {json.dumps(item['input'], default=str)}: {message}"
+
+
+# -- writing ----------------------------------------------------------------------------------------------
+
+
+def toml_line(key: str, value: Any) -> str:
+    """`key = value`, with a table or list on the same line."""
+    name = tomli_w.dumps({key: 0}).partition(" = ")[0]
+    if isinstance(value, Mapping) and value:
+        return f"{name} = {{ {', '.join(toml_line(inner, item) for inner, item in value.items())} }}"
+    if isinstance(value, list):
+        return f"{name} = [{', '.join(toml_line('x', item).removeprefix('x = ') for item in value)}]"
+    return f"{name} = {{}}" if isinstance(value, Mapping) else tomli_w.dumps({key: value}).strip()
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML. Options that are unset (None) have no line; TOML has no null."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

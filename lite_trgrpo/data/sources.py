@@ -1,0 +1,177 @@
+"""Sources -> examples, held-out rows, and the order in which a run sees them.
+
+A source is a .jsonl, .csv or .parquet file, a data set on the Hub, `reasoning-gym:TASK`, or `builtin:addition`.
+Nothing is dropped silently: a row that cannot be used is an error that names file, line and reason.
+"""
+
+import csv
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_trgrpo.config.loading import nearest
+from lite_trgrpo.config.schema import Data
+from lite_trgrpo.data.hub import fetch
+from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+Row = tuple[str, Mapping[str, Any] | DataError]  # where it came from; its columns, or why there are none
+
+
+# -- from rows to examples ----------------------------------------------------------------------------------
+
+
+# -- sources ------------------------------------------------------------------------------------------------
+
+
+def rows(data: Data, source: str, split: str) -> Iterable[Row]:
+    """Every row as it stands in the source, with what is wrong with those that are none."""
+    kind, colon, name = source.partition(":")
+    if colon and kind == "builtin":
+        return _builtin(name, data)
+    if colon and kind == "reasoning-gym":
+        return _reasoning_gym(name, data)
+    if source.endswith(FILES):
+        return _file(Path(source))
+    if _is_hub_id(source):
+        return _hub(data, source, split)
+    raise DataError(
+        f"data.source {source!r} is not a file ending in {', '.join(FILES)}, a Hub id such as openai/gsm8k, "
+        "reasoning-gym:TASK or builtin:addition"
+    )
+
+
+def _is_hub_id(source: str) -> bool:
+    local = source.endswith(FILES) or source.startswith((".", "/", "builtin:", "reasoning-gym:"))
+    return source.count("/") == 1 and not local
+
+
+def _builtin(name: str, data: Data) -> Iterator[Row]:
+    if name != "addition":
+        raise DataError(f"no built-in generator '{name}'; there is: addition")
+    unknown = set(data.options) - {"first", "second"}
+    if unknown:
+        raise DataError(f"builtin:addition has no option {', '.join(sorted(unknown))}; it has first and second")
+    for name, value in data.options.items():
+        if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
+            raise DataError(
+                f"builtin:addition: {name} = {value!r} is not a range such as [10, 59]; correct data.options"
+            )
+    for i, row in enumerate(addition(data.seed, **data.options)):
+        yield f"builtin:addition:{i + 1}", row
+
+
+def addition(seed: int, first: Sequence[int] = (10, 59), second: Sequence[int] = (10, 39)) -> list[dict[str, str]]:
+    """Every sum of a number of `first` and one of `second` (inclusive ranges), once, shuffled."""
+    pairs = [(a, b) for a in range(first[0], first[1] + 1) for b in range(second[0], second[1] + 1)]
+    random.Random(seed).shuffle(pairs)
+    return [{"prompt": f"What is {a} + {b}? Answer with the number.", "answer": str(a + b)} for a, b in pairs]
+
+
+def _reasoning_gym(task: str, data: Data) -> Iterator[Row]:
+    _need("reasoning_gym", f"reasoning-gym:{task}")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise DataError(f"reasoning-gym has no task '{task}'.{nearest(task, list(DATASETS))}")
+    try:
+        rows = reasoning_gym.create_dataset(task, **({"size": 2000, "seed": data.seed} | data.options))
+    except (TypeError, AssertionError, ValueError) as error:
+        raise DataError(f"reasoning-gym:{task}: {error}. Look at data.options") from None
+    for i, row in enumerate(rows):
+        yield f"reasoning-gym:{task}:{i + 1}", {"prompt": row["question"], **row}
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise DataError(f"no file {path} (from {Path.cwd()}); give data.source a path that exists")
+    try:
+        if path.suffix == ".csv":
+            yield from _csv(path)
+        elif path.suffix == ".parquet":
+            yield from _parquet(path)
+        else:
+            yield from _jsonl(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+
+
+def _json_object(line: str, origin: str) -> Mapping[str, Any] | DataError:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
+        return DataError(f"{origin}: not a JSON object on one line: {error}")
+    if not isinstance(row, dict):
+        return DataError(f"{origin}: a JSON {type(row).__name__}, not an object with columns")
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)  # strict: a quote that never closes is an error, not a huge field
+        try:
+            header = next(reader, [])
+            for row in reader:
+                origin = f"{path}:{reader.line_num}"
+                if row and len(row) != len(header):
+                    yield origin, DataError(f"{origin}: {len(row)} fields, but the header has {len(header)}")
+                elif row:
+                    yield origin, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    _need("pyarrow", str(path))
+    import pyarrow.parquet
+    from pyarrow import ArrowException
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    for i, row in enumerate(rows):
+        yield f"{path}:{i + 1}", row
+
+
+def _hub(data: Data, source: str, split: str) -> Iterator[Row]:
+    _need("datasets", source)
+    from datasets import config, load_dataset
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetBuildError
+
+    revision = data.revision
+    if not config.HF_HUB_OFFLINE:
+        # Tells gone, gated and unreachable apart at once; `datasets` retries for half a minute and blurs them.
+        revision = fetch(source, revision, ["README.md"], "data.source").name
+    try:
+        rows = load_dataset(source, data.subset, split=split, revision=revision)
+    except (ValueError, RuntimeError, EmptyDatasetError, DataFilesNotFoundError, DatasetBuildError) as error:
+        # an unknown subset or split (the library lists those there are), or files that it cannot read
+        line = first_line(error.__cause__ or error)
+        raise DataError(f"data set {source}: {line}. Look at data.source, data.subset and data.split") from None
+    except Exception as error:  # whatever the client's transport raises: it differs between its versions
+        hint = (
+            "HF_HUB_OFFLINE is set: unset it and run this again, or give data.source a file" if config.HF_HUB_OFFLINE
+            else "Check the connection; a gated or private one needs `hf auth login`; one fetched before works with "
+            "HF_HUB_OFFLINE=1"
+        )  # fmt: skip
+        raise HubError(f"data set {source} could not be fetched: {first_line(error)}. {hint}") from None
+    for i, row in enumerate(rows):
+        yield f"{source}:{split}:{i + 1}", row
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(f"{what} needs the package {package}. Type: pip install 'lite-trgrpo[data]'")

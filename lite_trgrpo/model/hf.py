@@ -1,0 +1,186 @@
+"""The Policy on transformers, PEFT and bitsandbytes: Linux, macOS and Windows, with or without a card."""
+
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lite_trgrpo.config.schema import Model
+from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.model import padded
+from lite_trgrpo.model.loading import load_base, resolve_device, resolve_dtype
+from lite_trgrpo.model.lora import with_lora
+from lite_trgrpo.model.network import Network
+from lite_trgrpo.model.policy import Sequences
+from lite_trgrpo.model.template import Template
+from lite_trgrpo.model.weights import Located, at_hand, locate
+from lite_trgrpo.records import Completion, Message, Prompt, Sampling
+from lite_trgrpo.rollout.engine import Answer, Engine, slot_count
+
+
+def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
+    """Load the base (quantised where asked), put a LoRA adapter on it, and check what we assume about the model."""
+    model, template, located = parts(options, resolve_device(options.device), seed)
+    return TransformersPolicy(model, template, located, gradient_checkpointing)
+
+
+def parts(options: Model, device: torch.device, seed: int) -> tuple[Any, Template, Located]:
+    """-> the base with its adapter, in eval mode; its tokenizer; where the base was found."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    dtype = resolve_dtype(options.dtype, device)
+    located, template = tokenizer_of(options)
+    base = load_base(located, options, device, dtype)
+    torch.manual_seed(seed)
+    model = with_lora(base, options, located)
+    model.eval()
+    return model, template, located
+
+
+def tokenizer_of(options: Model) -> tuple[Located, Template]:
+    """Where the base is, and the tokenizer that lies there."""
+    located = locate(
+        options.name, options.revision,
+        sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    return located, _template(located.folder, options)
+
+
+def template_at_hand(options: Model) -> Template | None:
+    """The base's tokenizer and template, if nothing has to be fetched or converted for them."""
+    folder = at_hand(options.name, options.revision)
+    return None if folder is None or not (folder / "tokenizer.json").is_file() else _template(folder, options)
+
+
+def _template(folder: Path, options: Model) -> Template:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=options.trust_remote_code,
+            clean_up_tokenization_spaces=False,  # rewards must see the text as it was written
+        )
+    except Exception as error:  # files of others: the library raises whatever it stumbles over
+        raise ModelError(f"the tokenizer of {options.name} cannot be read: {first_line(error)}") from None
+    if not tokenizer("1 + 1").input_ids:  # without its files transformers makes an empty one
+        raise ModelError(f"{options.name} has no tokenizer: its folder has no tokenizer.json")
+    return Template(tokenizer, options.prompt_format, options.template_options)
+
+
+class TransformersPolicy:
+    """A causal language model with a LoRA adapter; see `lite_trgrpo.model.policy.Policy` for the methods."""
+
+    def __init__(self, model: Any, template: Template, located: Located, gradient_checkpointing: bool) -> None:
+        self.model = model
+        self.template = template
+        self.located = located
+        self.end_ids = template.end_ids(model.get_base_model().generation_config)
+        pad = template.tokenizer.pad_token_id
+        self.network = Network(model, min(self.end_ids) if pad is None else pad, gradient_checkpointing)
+        self.device, self.dtype = self.network.device, self.network.dtype
+        self._check()
+
+    def encode(self, prompt: str | list[Message]) -> Prompt:
+        return self.template.encode(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.template.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return self.template.tokenizer.batch_decode([[i] for i in ids])
+
+    def cache_mib(self) -> int:
+        """Memory for keys and values that suits this machine (MiB)."""
+        if self.device.type != "cuda":
+            return 2048
+        return max(1, torch.cuda.mem_get_info(self.device)[0] // 3 // 2**20)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        wanted: Sequence[Sequence[int]],
+        grown: Callable[[Answer], None] = lambda answer: None,
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """`grown` is called with each token of an answer (not where transformers' generate has to do it)."""
+        self._check_length(prompts, sampling)
+        self.model.eval()
+        for answer in self._answers([prompt.ids for prompt in prompts], sampling, wanted, grown):
+            completion = Completion(
+                tuple(answer.ids), (True,) * len(answer.ids), tuple(answer.logprobs), self.decode(answer.ids),
+                answer.stopped,
+            )  # fmt: skip
+            yield answer.prompt, answer.member, completion
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        wanted: Sequence[Sequence[int]],
+        grown: Callable[[Answer], None],
+    ) -> Iterator[Answer]:
+        if sampling.engine == "generate" or not self.network.by_groups:
+            return padded.generate(self.model, prompts, sampling, wanted, self.end_ids, self.network.pad_id)
+        slots = slot_count(prompts, sampling, self.network.token_bytes)
+        return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted, grown).answers()
+
+    def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+        return self.network.logprobs(rows, temperature)
+
+    def reference(self) -> AbstractContextManager[object]:
+        return self.model.disable_adapter()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.network.trainable()
+
+    def save_adapter(self, folder: Path) -> None:
+        part = folder.with_name(f".{folder.name}-part")  # the name `adapter` never stands for half of one
+        shutil.rmtree(part, ignore_errors=True)
+        # save_embedding_layers=False: otherwise PEFT asks the Hub whether the vocabulary was resized
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model.save_pretrained(part, save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+
+    def _check(self) -> None:
+        """What we assume about a model, on a few tokens: a plain head, and attention that ours can stand in for."""
+        kind = self.network.config.model_type
+        self.network.attend_by_groups(False)
+        if self.network.head_differs():
+            raise ModelError(
+                f"the model type {kind!r} changes its logits after the output head, which is not supported yet; take a "
+                "Qwen, Llama, SmolLM, Mistral or Gemma model"
+            )
+        self.network.attend_by_groups(True)
+        try:
+            wrong = self.network.groups_differ()
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+            wrong = first_line(error)
+        self.network.by_groups = not wrong
+        if wrong:
+            self.network.attend_by_groups(False)
+            print(
+                f"warning: our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
+                "transformers' generate and the update is padded, slower and with more memory",
+                file=sys.stderr,
+            )
+
+    def _check_length(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        if any(not prompt.ids for prompt in prompts):
+            raise ModelError("a prompt has no tokens; a language model needs at least one to answer to")
+        if limit is not None and longest + sampling.max_new_tokens > limit:
+            raise ModelError(
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit}; "
+                "lower data.max_prompt_tokens or rollout.max_new_tokens"
+            )

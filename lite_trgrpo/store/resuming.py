@@ -1,0 +1,63 @@
+"""Finding the run that is to go on, and whether what it finds today is what it was started with."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lite_trgrpo.errors import RunError
+from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def to_resume(run: Path | None) -> Path:
+    """The folder of this run, or of the newest unfinished one in `runs`."""
+    if run is None:
+        run = newest_unfinished(Path("runs"))
+        logger.info(f"going on with {run}")
+    return Run.existing(run).folder
+
+
+def newest_unfinished(folder: Path) -> Path:
+    """The run that was written last among those in `folder` that are not complete."""
+    runs = [path.parent for path in folder.glob("*/config.toml")]
+    written = {run: max(path.stat().st_mtime for path in run.iterdir()) for run in runs}
+    for run in sorted(runs, key=lambda run: written[run], reverse=True):
+        found = checkpoint.newest(run / "checkpoints")
+        if found is None or not checkpoint.is_complete(found):
+            return run
+    raise RunError(
+        f"no unfinished run in {folder.absolute()}; a finished one goes on with --resume RUN and a larger --steps"
+    )
+
+
+def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
+    """Where a run goes on, and how many steps are done; None and 0 if it was ended before its first checkpoint.
+
+    A complete run is refused.
+    """
+    for path in checkpoint.torn(run.checkpoints):
+        logger.info(f"{path} is damaged and was passed over")
+    found = checkpoint.newest(run.checkpoints)
+    if found is None and any(run.checkpoints.glob("step-*")):
+        raise RunError(f"{run.folder} has no whole checkpoint to continue from; start again with another --output")
+    done = 0 if found is None else checkpoint.steps_done(found)
+    if found is not None and (done > steps or (done == steps and checkpoint.is_complete(found))):
+        raise RunError(f"{run.folder} has done {done} steps of {steps}; type --steps with a larger number")
+    logger.info(f"going on after step {done} of {steps}")
+    return found, done
+
+
+def compare_facts(run: Run, facts: Mapping[str, Any]) -> None:
+    """A resumed run needs the same rows; other versions or another machine only cost the last bits."""
+    before = run.facts()
+    if before.get("prompts", facts["prompts"]) != facts["prompts"]:
+        raise RunError(
+            f"the rows are no longer those that {run.folder} was started with ({before['prompts']} then, "
+            f"{facts['prompts']} now): put the data back, or start again with another --output"
+        )
+    for key in ("revision", "device", "dtype", "versions"):
+        if before.get(key, facts[key]) != facts[key]:
+            logger.warning(f"{key} was {before[key]}, now it is {facts[key]}: the run goes on, but not bit for bit")
