@@ -17,7 +17,6 @@ LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "jinja2"}
 SUBCLASSES = {"integrations/trl.py"}  # only those who use that library import it
 # libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
 COMES_WITH = {
-    "llama_cpp": "llama_cpp_python",
     "pyarrow": "datasets",
     "vllm": "unsloth",
 }  # vllm: by hand

@@ -35,7 +35,7 @@ def run(tiny_config, tmp_path):
 def test_what_a_run_leaves(run, tiny_config):
     folder, _ = run
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "report.html",
+        ".lock", ".pid", "adapter", "checkpoints", "config.toml", "eval.jsonl", "metrics.jsonl", "report.html",
         "rollouts.jsonl", "run.json",
     ]  # fmt: skip
     # what was resolved at the start is written down: a resumed run decodes in the same batches

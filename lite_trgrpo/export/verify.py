@@ -54,7 +54,7 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
             return ask(config.changed("model", device="cpu"), what, gguf=gguf, tokens=tokens)
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or ["nothing"]
-            # below 0: killed by a signal, as where llama.cpp was built for another processor
+            # below 0: killed by a signal
             how = "" if done.returncode == FAILED else f" (exit code {done.returncode})"
             raise ExportError(f"{what}, loaded in a fresh process, failed{how}: {said[-1]}")
         return Answers(**json.loads(result.read_text(encoding="utf-8")))
@@ -95,13 +95,6 @@ def of_rows(rows: Sequence[Mapping[str, Any]], logprobs: list[list[float]]) -> A
 
 
 def _policy(config: Config, gguf: Path | None) -> Any:
-    from lite_trgrpo.export.gguf import has_runtime
-
-    if gguf is not None and has_runtime():
-        from lite_trgrpo.model.llamacpp import LlamaCppPolicy
-
-        longest = config.data.max_prompt_tokens + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
-        return LlamaCppPolicy(gguf, Path(config.model.name), config.model, longest)
     from lite_trgrpo.model import hf
 
     model = config.model if gguf is None else config.model.model_copy(update={"name": str(gguf)})

@@ -1,57 +1,32 @@
 """One run folder, one process: a lock that the system drops when its owner ends, however it ends."""
 
-import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lite_trgrpo.errors import RunError
+from filelock import FileLock, Timeout
 
-TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-BEYOND = 1 << 30  # Windows forbids others to read what is locked, so the lock lies beyond the process number
+from lite_trgrpo.errors import RunError
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`; RunError at once if another process does. The file stays and blocks nothing by itself."""
+    owner = folder / ".pid"  # for the message alone: the lock file is emptied by whoever tries to take it
+    lock = FileLock(folder / ".lock", blocking=False)
     try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock.acquire()
+    except Timeout:
+        pid = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "?"
+        raise RunError(f"{folder} is in use by process {pid}: wait until it has ended, or stop it") from None
     except OSError as error:
-        raise RunError(
-            f"cannot write into {folder}: {error.strerror}; mend that, or give --output another folder"
-        ) from None
+        raise RunError(f"cannot write into {folder}: {error.strerror}; free it, or give --output another one") from None
+    except NotImplementedError:
+        pass  # a file system without locks (some network folders) is no reason not to train
     try:
-        try:
-            _take(descriptor)
-        except OSError as error:
-            if error.errno in TAKEN:
-                owner = os.pread(descriptor, 20, 0) if sys.platform != "win32" else os.read(descriptor, 20)
-                raise RunError(
-                    f"{folder} is in use by process {owner.decode(errors='replace').strip() or '?'}: wait until that "
-                    "has ended, or stop it"
-                ) from None
-            # a file system without locks (some network folders): no reason not to train
-        with suppress(OSError):  # a full disk: the number is only for the message above
-            os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            os.write(descriptor, f"{os.getpid()}\n".encode())
+        with suppress(OSError):  # a full disk
+            owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, BEYOND, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        finally:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.release()
