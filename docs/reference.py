@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from lite_trgrpo.config.loading import MAY_CHANGE, toml_line
@@ -15,18 +16,27 @@ from lite_trgrpo.config.schema import SECTIONS
 
 HEAD = """# Options
 
-Set one with `--set section.key=value`, or in a TOML file under `[section]` (`--config`). A resumed run may be given
-another value of those with a star. Written by `python docs/reference.py > docs/options.md`."""
+Set an option with `--set section.key=value`, or in a TOML file under `[section]` (`--config`). `--set section.key=`
+unsets an option. Options with a star may change when a run is resumed. This page is generated:
+`python docs/reference.py > docs/options.md`."""
 
 
 def lines() -> Iterator[str]:
     yield HEAD
     for section, model in SECTIONS.items():
         yield f"\n## {section}\n\n{model.__doc__}\n\n| option | type | default | |\n|---|---|---|---|"
-        for key, field in model.model_fields.items():
-            star = " \\*" if f"{section}.{key}" in MAY_CHANGE else ""
-            default = "needed" if field.default is PydanticUndefined else _value(field.default)
-            yield f"| `{key}`{star} | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |"
+        yield from _rows(section, model)
+
+
+def _rows(section: str, model: type[BaseModel], table: str = "") -> Iterator[str]:
+    """A row for each option; the entries of a table with fixed keys have rows of their own."""
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _rows(section, field.annotation, f"{key}.")
+            continue
+        star = " \\*" if f"{section}.{key}" in MAY_CHANGE else ""
+        default = "needed" if field.default is PydanticUndefined else _value(field.default)
+        yield f"| `{table}{key}`{star} | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |"
 
 
 def _value(value: Any) -> str:

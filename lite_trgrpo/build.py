@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def scoring_of(config: Config) -> rewards.Cage:
-    """The configured rewards, running; `overlong` knows the run's own cap, and DAPO's buffer of a fifth of it."""
+def scoring_of(config: Config) -> rewards.Sandbox:
+    """Start the configured rewards, the function that decides what is solved first. `overlong` gets the run's own cap
+    and DAPO's buffer of a fifth of it.
+    """
+    decisive = config.rewards.decisive
+    functions = {decisive: config.rewards.functions[decisive]} | config.rewards.functions
     cap = config.rollout.max_new_tokens
     options = dict(config.rewards.options)
     if "overlong" in config.rewards.functions:
         options["overlong"] = {"max_tokens": cap, "buffer": max(1, cap // 5)} | options.get("overlong", {})
-    return rewards.Cage(
-        config.rewards.functions, options, config.rewards.must_stop,
+    return rewards.Sandbox(
+        functions, options, config.rewards.truncated_max_zero,
         seconds=config.rewards.seconds, memory=memory_bytes(config.rewards.memory),
         on_failure=config.rewards.on_failure,
         tell=logger.warning,

@@ -121,7 +121,6 @@ def eval_sampling(config: Config) -> Sampling:
         members=1,
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        stop_loops=config.eval.stop_loops,
         key=(config.data.seed, EVALUATION),
         **config.rollout.decoding(),
     )

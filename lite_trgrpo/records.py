@@ -95,9 +95,6 @@ class Sampling:
     """Completions a prompt (G in training)."""
     max_new_tokens: int
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
     greedy: bool = False
     """Take the most likely token; temperature still decides the log-probabilities that are returned."""
     max_rows: int = 128
@@ -106,7 +103,5 @@ class Sampling:
     """Memory for keys and values; decides how many of `max_rows` fit."""
     engine: Literal["groups", "generate", "vllm"] = "groups"
     """Ours, transformers' own as a reference, or unsloth's vLLM."""
-    stop_loops: bool = False
-    """Cut an answer off that repeats itself: see `rollout.engine.looping`."""
     key: tuple[int, ...] = (0,)
     """Counters such as (seed, stream, step) from which every uniform number is computed."""

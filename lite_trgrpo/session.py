@@ -76,7 +76,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
             progress.introduce(config, policy.device, weights, facts["prompts"], training[0][1], str(run.folder))
         track = held.enter_context(trackers.tracked(config.train.track, run.folder, config.model_dump(), done))
         panel = _panel(config, run, done if found else None, _limit(config, policy))
-        listener = held.enter_context(progress.watched(show, panel, config.rollout, track, lambda: _report(run)))
+        listener = held.enter_context(progress.watched(show, panel, track, lambda: _report(run)))
         try:
             with stop:
                 loop.train(config, policy, training, heldout, scoring, run, listener, stop, resume=found)

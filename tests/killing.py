@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from lite_trgrpo.training import guards
 from tests.test_trainer import run_toy
 
 PLACES = ("_loop", "rollout", "_learn", "log_step", "save", "prune", "evaluate", "save_adapter")
@@ -27,13 +28,14 @@ TOY = {
     "train": {"steps": 8, "checkpoint_every": 1, "updates_per_batch": 2, "prompts_per_step": 2, "keep_checkpoints": 2},
     "rollout": {"group_size": 4},
     "eval": {"every": 3, "samples": 0},
-    "guards": {"rollbacks": 3, "window": 2, "grad_norm": 0.12},  # strict enough to roll it back, healthy as it is
+    "guards": {"rollbacks": 3},
 }
 Run = Callable[[Path], None]
 
 
 def toy(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
+    guards.WINDOW, guards.GRAD_NORM = 2, 0.12  # strict enough to roll it back, healthy as it is
     run_toy(folder, TOY, resume=True)
 
 

@@ -309,14 +309,6 @@ def test_greedy_members_are_alike(folders, engine):
     assert group[0].ids == group[1].ids == group[2].ids
 
 
-@pytest.mark.parametrize("engine", ["groups", "generate"])
-def test_log_probabilities_are_of_what_was_drawn_from(folders, engine):
-    """With top_k = 1 there is one choice, and its log-probability is 0."""
-    policy = policy_of(folders["qwen2"])
-    [[completion]] = sample_all(policy, [Prompt((5, 6, 7), "")], Sampling(1, 8, top_k=1, engine=engine))
-    assert completion.logprobs == pytest.approx([0.0] * len(completion.ids), abs=1e-6)
-
-
 def test_a_models_own_generation_settings_stay_out(tmp_path):
     """Qwen2.5 ships a repetition penalty: GRPO's answers come from the policy itself."""
     model = tiny_model("qwen2")

@@ -94,14 +94,6 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_dora_learns_lengths_too(folders):
-    policy = policy_of(folders["qwen2"], dora=True)
-    prompts, groups = sampled(policy)
-    lora_gradient(policy, [(p.ids, c.ids) for p, group in zip(prompts, groups, strict=True) for c in group])
-    lengths = {name: p for name, p in policy.trainable().items() if "lora_magnitude_vector" in name}
-    assert len(lengths) == 14 and all(p.grad.any() for p in lengths.values())
-
-
 def test_int8_gradients_survive_sampling(folders):
     from bitsandbytes.functional import int8_vectorwise_dequant
     from bitsandbytes.nn import Linear8bitLt

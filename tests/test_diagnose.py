@@ -56,7 +56,7 @@ def test_quartiles_add_up_to_the_gradient_of_the_update(sampled, budget):
 
 def test_weights_of_one_change_nothing_and_others_do(sampled):
     policy, rows = sampled
-    flat = diagnose.quartile_gradients(policy, rows, Objective(low=1.0, high=1.0), 1.0, 99)["readings"]
+    flat = diagnose.quartile_gradients(policy, rows, Objective(weight={"low": 1.0, "high": 1.0}), 1.0, 99)["readings"]
     for a, b in zip(flat["offset"], flat["none"], strict=True):
         assert a == pytest.approx(b)
     readings = diagnose.quartile_gradients(policy, rows, Objective(), 1.0, 99)["readings"]

@@ -1,4 +1,4 @@
-"""Traffic lights: silent on healthy runs, red in every kind of trouble; falling back, and what comes out of it."""
+"""Guards: silent on healthy runs, critical in every kind of trouble; falling back, and what comes out of it."""
 
 import json
 import math
@@ -28,7 +28,7 @@ WELL = {
 def lit(changes: list[dict], evaluations=(), **options) -> dict[str, str]:
     """Name -> colour after these steps, each a healthy one with something changed; 4 prompts, a cap of 100 tokens."""
     history = [{**WELL, "step": i + 1, **change} for i, change in enumerate(changes)]
-    return {light.name: light.colour for light in guards.lights(history, evaluations, Guards(**options), 4, 100)}
+    return {alert.name: alert.level for alert in guards.alerts(history, evaluations, Guards(**options), 4, 100)}
 
 
 @pytest.mark.parametrize("seed", DEMOS)
@@ -37,8 +37,8 @@ def test_healthy_demo_runs_raise_no_alarm_at_any_step(seed):
     options = load("demo").guards
     for done in range(1, len(history) + 1):
         evaluations = [line for line in DEMOS[seed]["evaluations"] if line["step"] < done]
-        assert guards.lights(history[:done], evaluations, options, 4, 16) == [], done
-    assert guards.lights(history, DEMOS[seed]["evaluations"], options, 4, 16) == []
+        assert guards.alerts(history[:done], evaluations, options, 4, 16) == [], done
+    assert guards.alerts(history, DEMOS[seed]["evaluations"], options, 4, 16) == []
 
 
 @pytest.mark.parametrize(
@@ -51,72 +51,77 @@ def test_healthy_demo_runs_raise_no_alarm_at_any_step(seed):
         ("truncated", {"truncated": 1.0}),
     ],
 )
-def test_one_bad_step_is_yellow_and_five_in_a_row_are_red(name, bad):
+def test_one_bad_step_warns_and_five_in_a_row_are_critical(name, bad):
     assert lit([{}] * 6) == {}
-    assert lit([{}] * 6 + [bad]) == {name: "yellow"}
-    assert lit([{}] * 6 + [bad] * 4) == {name: "yellow"}
-    assert lit([{}] * 6 + [bad] * 5) == {name: "red"}
-    assert lit([{}] * 6 + [bad] * 2, window=2) == {name: "red"}
+    assert lit([{}] * 6 + [bad]) == {name: "warning"}
+    assert lit([{}] * 6 + [bad] * 4) == {name: "warning"}
+    assert lit([{}] * 6 + [bad] * 5) == {name: "critical"}
     assert lit([{}] * 6 + [bad] * 5 + [{}]) == {}
 
 
-def test_one_update_that_throws_the_policy_far_is_red_at_once():
-    assert lit([{}] * 6 + [{"update_kl": 2.1}]) == {"update_kl": "red"}
+def test_one_update_that_throws_the_policy_far_is_critical_at_once():
+    assert lit([{}] * 6 + [{"update_kl": 2.1}]) == {"update_kl": "critical"}
     assert lit([{}] * 6 + [{"update_kl": 1.9}]) == lit([{}] * 6 + [{"update_kl": None}]) == {}
 
 
 def test_a_step_without_a_measurement_neither_alarms_nor_interrupts():
     """A step without an update has a gradient of 0, which says nothing about the gradient."""
     high, none = {"grad_norm": 11.0}, {"grad_norm": 0.0}
-    assert lit([{}] + [high, none] * 4 + [high]) == {"grad_norm": "red"}
+    assert lit([{}] + [high, none] * 4 + [high]) == {"grad_norm": "critical"}
     assert lit([{}] + [high, none] * 4) == {}
 
 
 def test_a_solved_task_may_stop_varying():
     still = {"entropy_sampled": 0.001, "groups_with_signal": 0.0, "solved": 0.95}
     assert lit([{}] * 6 + [still] * 20) == {}
-    assert lit([{}] * 6 + [{**still, "solved": 0.85}] * 20) == {"entropy": "red", "signal": "red"}
+    assert lit([{}] * 6 + [{**still, "solved": 0.85}] * 20) == {"entropy": "critical", "signal": "critical"}
 
 
 def test_silence_is_an_alarm_when_it_is_no_luck():
     """4 prompts, half of the groups had signal: (1 / 2)^20 = 1e-6 for five silent steps; a tenth: 0.9^20 = 0.12."""
     silent = {"groups_with_signal": 0.0}
     assert lit([{}] * 6 + [silent] * 4) == {}
-    assert lit([{}] * 6 + [silent] * 5) == {"signal": "red"}
+    assert lit([{}] * 6 + [silent] * 5) == {"signal": "critical"}
     assert lit([{"groups_with_signal": 0.1}] * 10 + [silent] * 5) == {}
-    assert lit([{"groups_with_signal": 0.1}] * 10 + [silent] * 17) == {"signal": "red"}  # 0.9^68 = 8e-4
+    assert lit([{"groups_with_signal": 0.1}] * 10 + [silent] * 17) == {"signal": "critical"}  # 0.9^68 = 8e-4
     assert lit([silent] * 50) == {}  # a task that was never in reach is not a collapse
 
 
-def test_answers_that_grow_to_the_cap_are_yellow():
-    assert lit([{}] * 6 + [{"length_mean": 92.0}] * 5) == {"length": "yellow"}
+def test_answers_that_grow_to_the_cap_warn():
+    assert lit([{}] * 6 + [{"length_mean": 92.0}] * 5) == {"length": "warning"}
     assert lit([{"length_mean": 92.0}] * 11) == {}  # they were that long from the start
     assert lit([{}] * 6 + [{"length_mean": 80.0}] * 5) == {}
 
 
-def test_reward_without_held_out_gain_is_yellow():
+def test_reward_without_held_out_gain_warns():
     risen = [{}] * 5 + [{"reward_mean": 0.7}] * 5
     flat, better = ({"step": 10, "gain": {"value": value}} for value in (0.0, 0.02))
-    assert lit(risen, [{"step": 0}, flat]) == {"held_out": "yellow"}
+    assert lit(risen, [{"step": 0}, flat]) == {"held_out": "warning"}
     assert lit(risen, [{"step": 0}, better]) == lit(risen, [{"step": 0}]) == lit([{}] * 10, [{"step": 0}, flat]) == {}
 
 
-def test_every_light_gives_advice_that_names_an_option():
+def test_every_alert_gives_advice_that_names_an_option():
     history = [{**WELL, "step": i, "kl": 9.0, "truncated": 1.0, "grad_norm": 99.0} for i in range(9)]
-    for light in guards.lights(history, [], Guards(), 4, 100):
-        assert any(section in light.advice for section in ("train.", "rollout.", "objective."))
+    for alert in guards.alerts(history, [], Guards(), 4, 100):
+        assert any(section in alert.advice for section in ("train.", "rollout.", "objective."))
 
 
 def test_what_came_before_a_roll_back_is_over_and_its_silent_steps_are_not_good():
     bad = {"truncated": 1.0}
-    steps = [{}, {}, {"groups_with_signal": 0.0}, bad, {**bad, "guards": {"truncated": "red"}, "rolled_back_to": 1}]
-    assert lit([*steps, {}]) == {} and lit([*steps, bad]) == {"truncated": "yellow"}
+    steps = [
+        {},
+        {},
+        {"groups_with_signal": 0.0},
+        bad,
+        {**bad, "guards": {"truncated": "critical"}, "rolled_back_to": 1},
+    ]
+    assert lit([*steps, {}]) == {} and lit([*steps, bad]) == {"truncated": "warning"}
     history = [{**WELL, **change} for change in [*steps, {}]]
-    history[3]["guards"] = {"truncated": "yellow"}
-    # line i vouches for step i: 2 was silent, 3 and 4 have lights
+    history[3]["guards"] = {"truncated": "warning"}
+    # line i vouches for step i: 2 was silent, 3 and 4 have alerts
     assert guards.good_steps(history, range(9)) == [5, 1, 0]
     assert guards.good_steps(history, {0, 4}) == [0]
-    history[1]["guards"] = {"update_kl": "red"}  # of the update that made the adapter of step 2
+    history[1]["guards"] = {"update_kl": "critical"}  # of the update that made the adapter of step 2
     assert guards.good_steps(history, range(9)) == [5, 1, 0]
     assert (guards.restart(history), guards.rollbacks(history)) == (5, 1)
 
@@ -132,7 +137,7 @@ COLLAPSE = {  # a thousand times the rate at which the toy learns
 def test_a_collapse_is_noticed_rolled_back_and_ends_well(tmp_path):
     said: list[str] = []
     _, run = run_toy(tmp_path / "alone", COLLAPSE, said=said)
-    assert said[0].startswith("red light 'update_kl' at step 1: one update moved the policy by more than 2 nats")
+    assert said[0].startswith("guard 'update_kl' critical at step 1: one update moved the policy by more than 2 nats")
     assert not any("rolled_back_to" in line for line in run.metrics())
     assert sum(line["solved"] for line in run.metrics()[-5:]) / 5 < 0.5
     _, run = run_toy(tmp_path / "rescued", {**COLLAPSE, "guards": {"rollbacks": 10}})
@@ -145,7 +150,7 @@ def test_a_collapse_is_noticed_rolled_back_and_ends_well(tmp_path):
 def test_after_so_many_times_it_ends_with_the_last_good_adapter_and_says_why(tmp_path):
     with pytest.raises(Stopped) as caught:
         run_toy(tmp_path, {**COLLAPSE, "guards": {"rollbacks": 2}})
-    assert str(caught.value) == "the guard 'update_kl' after 2 roll-backs; the adapter is that of step 0"
+    assert str(caught.value) == "guard 'update_kl' after 2 roll-backs; the adapter is that of step 0"
     assert caught.value.code == 1
     assert [line["step"] for line in Run(tmp_path).metrics()] == [1, 2, 3]
     assert load_file(tmp_path / "adapter" / "adapter.safetensors")["adapter"].eq(0).all()  # as the toy starts
@@ -174,7 +179,7 @@ def test_a_step_with_a_probability_that_is_no_number_is_skipped_logged_and_passe
     _, run = run_toy(tmp_path, changes, policy=Broken())
     metrics = run.metrics()
     assert [line["updates_skipped"] for line in metrics] == [0, 1, 0]
-    assert [line["guards"] for line in metrics] == [{}, {"finite": "yellow"}, {}]
+    assert [line["guards"] for line in metrics] == [{}, {"finite": "warning"}, {}]
     assert metrics[1]["entropy_sampled"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     steps = [tmp_path / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors" for step in (1, 2, 3)]
     assert steps[0].read_bytes() == steps[1].read_bytes() != steps[2].read_bytes()

@@ -53,7 +53,7 @@ def group(*answers, rewards, question="What is 1 + 1?", gold="2"):
 
 PAIR = [group("it is 2", "it is 3", rewards=(1.0, 0.0))]
 HOSTILE = "\x1b[2J\x1b]0;owned\x07 [red]markup[/red] \u202egnp.exe \u2066\x9b31m\r\n\t\x00" * 50
-EVERY_LIGHT = dict.fromkeys(guards.NAMES, "red")
+EVERY_GUARD = dict.fromkeys(guards.NAMES, "critical")
 
 
 def panel(history=(), evaluations=(), groups=(), steps=40, **other):
@@ -85,7 +85,7 @@ CASES = {
         name="実験" * 50, cap=4096,
     ),
     "an endless word": panel([line(1)], groups=[group("x" * 100_000, "", rewards=(1.0, 0.0))], cap=4096),
-    "every light red": panel([line(1, guards=EVERY_LIGHT)], groups=PAIR, said=(0, "lower the learning rate " * 40)),
+    "every guard critical": panel([line(1, guards=EVERY_GUARD)], groups=PAIR, said=(0, "lower the rate " * 60)),
     "five thousand steps": panel([line(i) for i in range(1, 5001)], [scored(0)], PAIR, steps=5000),
     "resumed from an older version": panel(
         [line(1, clock={k: v for k, v in {**CLOCK, "cuda_peak_mib": 8e3}.items() if "rss_peak" not in k})]
@@ -131,22 +131,24 @@ def test_model_text_cannot_write_escapes_or_markup():
     assert r"\x1b[2J" in text and "[red]markup[/red]" in text and r"\u202e" in text
 
 
-def test_a_light_that_is_not_green_comes_with_its_sentence_and_another_sign():
-    text = shown(panel([line(9, guards={"kl": "yellow", "entropy": "red"})], said=(8, "lower train.learning_rate")))
+def test_a_guard_that_is_not_ok_comes_with_advice_and_another_sign():
+    text = shown(
+        panel([line(9, guards={"kl": "warning", "entropy": "critical"})], said=(8, "lower train.learning_rate"))
+    )
     assert "● finite" in text and "▲ kl" in text and "■ entropy" in text
     assert "lower train.learning_rate" in text and "nothing out of order" not in text
 
 
-def test_a_warning_goes_some_steps_after_the_lights_are_green_again():
+def test_a_warning_goes_some_steps_after_the_guards_are_ok_again():
     found = panel([line(1)], said=(1, "micro-batches were too large"))
     assert "micro-batches" in shown(found)
     found.history += [line(i) for i in range(2, 20)]
     assert "micro-batches" not in shown(found)
 
 
-def test_every_light_has_its_place():
+def test_every_guard_has_its_place():
     source = inspect.getsource(guards)
-    assert {*guards._limits(Guards()), *re.findall(r'Light\(\s*"(\w+)"', source)} == set(guards.NAMES)
+    assert {*guards._limits(Guards()), *re.findall(r'Alert\(\s*"(\w+)"', source)} == set(guards.NAMES)
 
 
 def test_the_two_answers_are_of_one_question_and_the_first_spread_counts():

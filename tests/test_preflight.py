@@ -78,7 +78,7 @@ TAGS = {"data": {"system": "Think inside <think> </think>, answer inside <answer
         ("number", {"words": True}, "gold answers cannot be read", "'number' cannot compare anything with the gold"),
         ("own.py:ones", {}, "constant reward", "gives 1 to everything"),
         ("own.py:half", {}, "constant reward", "gives 0.5 to everything"),
-        ("own.py:longer", {}, "length is rewarded", "rewards.must_stop = true"),
+        ("own.py:longer", {}, "length is rewarded", "rewards.truncated_max_zero = true"),
         ("own.py:holds", {}, "junk is rewarded", "many answers at once gets 1.00"),
         ("own.py:echo", {}, "junk is rewarded", "the prompt itself gets 1.00"),
         ("exact", BOXED, "prompt and reward disagree on the form", "asks for \\boxed{ANSWER}, but 'exact' gives"),

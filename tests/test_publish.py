@@ -210,7 +210,7 @@ def test_the_card_says_what_a_reader_needs(checked):
 
 def test_no_folder_and_no_secret_of_this_machine_is_on_the_card(checked):
     run, config = checked
-    secret = config.rollout.model_copy(update={"top_k": 0})
+    secret = config.rollout.model_copy()
     rewards = config.rewards.model_copy(update={"functions": {f"/home/ada/{TOKEN}.py:right": 1.0}})
     text = card_of(run, config.model_copy(update={"rollout": secret, "rewards": rewards}))
     assert TOKEN not in text and "(removed: it looks like a secret)" in text

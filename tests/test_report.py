@@ -20,7 +20,7 @@ from tests import browser
 from tests.test_trainer import lines, run_toy
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\x1b[31m\u202e"
-LIGHT = {"guards": {"truncated": "yellow"}, "truncated": 0.96, "solved": 0.0}
+ALERT = {"guards": {"truncated": "yellow"}, "truncated": 0.96, "solved": 0.0}
 
 
 class Page(HTMLParser):
@@ -93,7 +93,7 @@ def test_the_page_of_a_run_holds_its_scores_curves_answers_and_settings(run):
         "Reward", "Solved", "Length", "Cut off, and with signal", "Entropy", "KL", "Gradient norm", "Mean token weight"
     }  # fmt: skip
     assert page.tags.count("svg") == len(figures)
-    assert "train.learning_rate" in page.text and "No light came on." in page.text
+    assert "train.learning_rate" in page.text and "Every guard was ok." in page.text
 
 
 def test_before_and_after_stand_side_by_side_and_the_most_improved_come_first(run):
@@ -126,9 +126,13 @@ def test_an_answer_is_shown_token_by_token_with_probability_and_weight(run):
     assert len(titles) == 2 * len(answer["pieces"])  # once shaded by probability, once by weight
 
 
-def test_lights_and_roll_backs_are_told_with_what_to_do(run):
-    thrown = {"guards": {"update_kl": "red"}, "update_kl": 9.0, "rolled_back_to": 5}  # its light is on the same line
-    special = {7: LIGHT, 8: LIGHT, 9: thrown}
+def test_alerts_and_roll_backs_are_told_with_what_to_do(run):
+    thrown = {
+        "guards": {"update_kl": "critical"},
+        "update_kl": 9.0,
+        "rolled_back_to": 5,
+    }
+    special = {7: ALERT, 8: ALERT, 9: thrown}
     change(run.folder / "metrics.jsonl", lambda line: line | special.get(line["step"], {}))
     page = Page(report.write(run))
     assert page.text.count("nearly every answer is cut off") == 1  # at step 7, when it came on
@@ -160,7 +164,7 @@ def test_more_runs_than_colours_are_all_drawn():
         ["train.seed=3", "rollout.temperature=0.7", 'train.memory="6GB"'],
         ["data.system='say \"yes\" or it''s no; $HOME'", 'model.prompt_format="Q: {prompt}\\nA:"'],
         ['rewards.functions={ number = 1.0, "my file.py:f" = 0.5 }', 'model.lora_targets=["q_proj", "v_proj"]'],
-        ["rollout.cache_mib=512", 'model.revision="abc"', 'rewards.on_failure="fail"', "train.prefer_half=true"],
+        ["rollout.cache_mib=512", 'model.revision="abc"', 'rewards.on_failure="fail"'],
     ],
 )
 def test_the_command_on_the_page_makes_the_same_run_again(tmp_path, overrides):

@@ -10,7 +10,7 @@ from lite_trgrpo.errors import ModelError
 from lite_trgrpo.model.policy import sample_all, sample_groups
 from lite_trgrpo.records import Prompt, Sampling
 from lite_trgrpo.rollout import engine as engine_module
-from lite_trgrpo.rollout.engine import Engine, looping, slot_count
+from lite_trgrpo.rollout.engine import Engine, slot_count
 from tests.test_attention import demo_policy
 from tests.test_backend import policy_of
 from tests.tiny import KINDS, PAD, VOCABULARY, tiny_model_folder
@@ -348,51 +348,3 @@ def test_equal_prompts_are_answered_apart(policies):
 
 
 # -- loops --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ids", "loops"),
-    [
-        ([7] * 64, True),
-        ([7] * 63, False),
-        ([9] + [7] * 64, True),
-        ([7] * 64 + [9], False),
-        ([1, 2, 3] * 30, True),
-        (list(range(16)) * 4, True),  # the longest period that counts
-        (list(range(17)) * 8, False),
-        (list(range(100)), False),
-        ([1, 2] * 31 + [1, 3], False),
-        ([*range(40), *range(40)], False),
-        ([], False),
-    ],
-)
-def test_what_a_loop_is(ids, loops):
-    assert looping(ids) is loops
-
-
-@pytest.mark.parametrize("engine", ["groups", "generate"])
-def test_an_answer_that_repeats_is_cut(tmp_path, engine):
-    """A model whose attention says nothing: each token decides the next, so greedy answers must come back."""
-    policy = policy_of(tiny_model_folder(tmp_path, "llama"), lora_targets=["q_proj"])
-    policy.end_ids = frozenset()
-    for name, parameter in policy.model.named_parameters():
-        if "o_proj" in name:
-            parameter.data.zero_()
-    prompts, sampling = prompts_of([5] * 4), Sampling(1, 100, greedy=True, engine=engine)
-    whole = sample_all(policy, prompts, sampling)
-    cut = sample_all(policy, prompts, replace(sampling, stop_loops=True))
-    repeating = [i for i, [completion] in enumerate(whole) if looping(completion.ids)]
-    assert len(repeating) > 1
-    for [completion], [long] in zip(cut, whole, strict=True):
-        assert completion.ids == long.ids[: len(completion.ids)] and not completion.stopped
-        assert looping(completion.ids) or len(completion.ids) == 100
-        assert not looping(completion.ids[:-1]), "cut as soon as it loops"
-    assert all(len(cut[i][0].ids) < 100 for i in repeating)
-
-
-def test_ordinary_text_is_not_cut(policies):
-    policy, prompts = policies["llama"], ids_of([5, 9])
-    plain, watched = (
-        decoded(policy, prompts, Sampling(2, 80, key=(1,), stop_loops=stop), 4, ends=())[1] for stop in (False, True)
-    )
-    assert {k: a.ids for k, a in plain.items()} == {k: a.ids for k, a in watched.items()}

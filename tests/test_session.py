@@ -134,14 +134,7 @@ def test_chat_answers_until_an_empty_line(run, tiny_config):
     assert out.count("> ") == 3
 
 
-def test_a_filtered_sampler_is_warned_of_with_its_gap(tiny_config, tmp_path):
-    result = call("train", "--config", tiny_config, "-o", tmp_path / "r", "-s", "rollout.top_k=5", "-s", "eval.rows=0")
-    gap = lines(tmp_path / "r" / "metrics.jsonl")[0]["sampler_gap_mean"]
-    assert gap > 0.3  # 5 of 384 ids hold a small part of a flat distribution
-    assert f"differ by {gap:.3f} on" in " ".join(result.stderr.split())
-
-
-def test_a_cut_off_answer_earns_nothing_where_it_must_stop(tiny_config, tmp_path):
+def test_a_cut_off_answer_earns_nothing_with_truncated_max_zero(tiny_config, tmp_path):
     call(
         "train",
         "-c",
@@ -149,7 +142,7 @@ def test_a_cut_off_answer_earns_nothing_where_it_must_stop(tiny_config, tmp_path
         "-o",
         tmp_path / "r",
         "-s",
-        "rewards.must_stop=true",
+        "rewards.truncated_max_zero=true",
         "-s",
         "eval.rows=0",
         "--steps",

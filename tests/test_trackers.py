@@ -10,7 +10,7 @@ from lite_trgrpo.errors import MissingPackageError, RunError
 from lite_trgrpo.store import trackers
 
 STEP = {
-    "step": 3, "reward_mean": 0.5, "grad_norm": None, "weight_histogram": [0.5, 0.5], "guards": {"kl": "red"},
+    "step": 3, "reward_mean": 0.5, "grad_norm": None, "weight_histogram": [0.5, 0.5], "guards": {"kl": "critical"},
     "clock": {"rollout_s": 2.0},
 }  # fmt: skip
 EVALUATION = {

@@ -68,8 +68,6 @@ class SamplingParams:
     """vLLM's, as far as we use it."""
 
     temperature: float
-    top_p: float
-    top_k: int
     max_tokens: int
     stop_token_ids: list[int]
     logprobs: int

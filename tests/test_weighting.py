@@ -27,20 +27,21 @@ def loop_weight(p, objective):
     if objective.weights == "none":
         return 1.0
     if objective.weights == "linear":
-        return objective.share * p + (1 - objective.share)
+        return objective.weight.a * p + (1 - objective.weight.a)
     centre, mu = (0.25, 0.0) if objective.weights == "centred" else (0.0, 0.25)
     p = 1 - p if objective.weights == "reverse" else p
-    raw = objective.alpha * (1 / (1 + math.exp(-objective.kappa * (p - centre))) - mu)
-    return min(objective.high, max(objective.low, raw))
+    weight = objective.weight
+    raw = weight.alpha * (1 / (1 + math.exp(-weight.kappa * (p - centre))) - mu)
+    return min(weight.high, max(weight.low, raw))
 
 
 # -- means over a step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", ["offset", "centred", "reverse", "linear", "none"])
-@pytest.mark.parametrize("numbers", [{}, {"alpha": 3.0, "kappa": 4.0, "low": 0.5, "high": 2.0, "share": 0.8}])
+@pytest.mark.parametrize("numbers", [{}, {"alpha": 3.0, "kappa": 4.0, "low": 0.5, "high": 2.0, "a": 0.8}])
 def test_the_step_mean_is_the_plain_mean_over_tokens(weights, numbers):
-    objective = Objective(weights=weights, **numbers)
+    objective = Objective(weights=weights, weight=numbers)
     each = [loop_weight(math.exp(logprob), objective) for logprob in FLAT]
     assert step_mean(SAMPLED, objective) == pytest.approx(statistics.fmean(each), rel=1e-12)
     got = weights_of(torch.tensor(FLAT, dtype=torch.float64), objective, 123.0)  # the mean must not matter here
@@ -58,19 +59,6 @@ def test_the_constant_arm_is_the_mean_of_the_offset_weights_for_every_token():
     assert 1.0 < mean < 1.4
     got = weights_of(torch.randn(3, 4, dtype=torch.float64), objective, mean)
     assert got.eq(mean).all() and got.shape == (3, 4)
-    normalised = objective.model_copy(update={"normalise_weights": True})
-    assert weights_of(torch.randn(3, 4), normalised, mean).eq(1).all()
-
-
-@pytest.mark.parametrize("weights", ["offset", "centred", "reverse", "linear", "constant"])
-def test_normalised_weights_have_mean_one_over_the_step(weights):
-    objective = Objective(weights=weights, normalise_weights=True)
-    mean = step_mean(SAMPLED, objective)
-    parts = [weights_of(torch.tensor([row], dtype=torch.float64), objective, mean) for row in SAMPLED]  # a batch each
-    each = torch.cat([part.flatten() for part in parts])
-    assert each.mean().item() == pytest.approx(1.0, rel=1e-12)
-    plain = weights_of(torch.tensor(FLAT, dtype=torch.float64), Objective(weights=weights), mean)
-    torch.testing.assert_close(each / each[0], plain / plain[0], rtol=1e-12, atol=0)  # a scale, nothing else
 
 
 # -- in the update ------------------------------------------------------------------------------------------
@@ -123,13 +111,6 @@ def test_the_constant_arm_in_an_update_weighs_every_token_of_every_micro_batch_a
     (offset, _), _, _ = step_of(Objective(weights="offset"))
     for part in step_of(Objective(weights="constant"))[0]:
         torch.testing.assert_close(part, torch.full_like(part, offset.mean().item()), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("weights", ["offset", "reverse", "linear"])
-def test_normalised_weights_of_an_update_have_mean_one(weights):
-    (first, _), _, report = step_of(Objective(weights=weights, normalise_weights=True, weights_from="sampling"))
-    assert first.mean().item() == pytest.approx(1.0, rel=1e-12)
-    assert report["weight_mean"] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_statistics_of_an_update_do_not_depend_on_micro_batches():

@@ -24,7 +24,6 @@ MEMBERS, LONGEST = 4, 6
 CASES = {
     "tr-grpo": [],
     "printed": ["objective.placement=ratio", "objective.beta=0.05", "train.updates_per_batch=2"],
-    "normalised": ["objective.normalise_weights=true", "objective.aggregation=token", "objective.advantage=dr-grpo"],
     "constant": ["objective.weights=constant", "objective.aggregation=constant", "objective.mask_truncated=true"],
     "sampling": ["objective.weights_from=sampling", "objective.beta=0.05", "train.updates_per_batch=2"],
     "gspo": ["objective.trust_region=sequence", "objective.weights=reverse", "train.updates_per_batch=2"],

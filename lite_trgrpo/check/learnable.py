@@ -66,7 +66,7 @@ def _groups(config: Config, policy: Policy, pairs: Encoded, scorer: Scorer) -> I
     """Answers as in training, scored, group by group."""
     rollout = config.rollout
     sampling = Sampling(
-        min(MEMBERS, rollout.group_size), rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k,
+        min(MEMBERS, rollout.group_size), rollout.max_new_tokens, rollout.temperature,
         key=(config.train.seed, LOOKING), **rollout.decoding(),
     )  # fmt: skip
     for p, completions in sample_groups(policy, [prompt for _, prompt in pairs], sampling):

@@ -277,7 +277,7 @@ def _why_junk(facts: Mapping[str, Any], values: set[float], config: Config) -> l
             "length is rewarded" if long else "junk is rewarded",
             f"{kind} gets {fact['reward']:.2f} on average from {names}, in {fact['as_good_as_gold']} of {fact['rows']} "
             "rows no less than the gold answer, and a model will find that out: mend the function or take another in "
-            "rewards.functions" + (", or set rewards.must_stop = true" if long else ""),
+            "rewards.functions" + (", or set rewards.truncated_max_zero = true" if long else ""),
             stops=share >= NEARLY_ALL,
         ))  # fmt: skip
     return found

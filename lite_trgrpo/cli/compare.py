@@ -39,8 +39,8 @@ def compare(
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise typer.BadParameter(f"--seeds {seeds!r} is not a list of numbers such as 0,1,2")
-    # arms that replace or choose prompts would not see the same ones; one at half the learning rate would be another
-    same = {"rollout.top_up_rounds": 0, "train.prefer_half": False, "guards.rollbacks": 0}
+    # arms that replace prompts would not see the same ones; one at half the learning rate would be another
+    same = {"rollout.top_up_rounds": 0, "guards.rollbacks": 0}
     arms = {
         (name, int(seed)): loading.load(preset, config, set_, {**same, "train.seed": int(seed)}, name)
         for seed in seeds.split(",")

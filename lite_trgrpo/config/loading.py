@@ -27,6 +27,32 @@ MAY_CHANGE |= {"train.track"}
 MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}
 
 
+# Options of older versions. Renamed ones are read under their new name; a removed one is ignored at its old default.
+RENAMED = {f"objective.{key}": f"objective.weight.{key}" for key in ("alpha", "kappa", "low", "high")}
+RENAMED |= {"objective.share": "objective.weight.a", "rewards.must_stop": "rewards.truncated_max_zero"}
+REMOVED: dict[str, tuple[Any, str]] = {  # old default, what to do instead
+    "model.lora_dropout": (0.0, "remove the line: LoRA trains without dropout"),
+    "model.dora": (False, "remove the line, or set model.rslora = true"),
+    "rollout.top_p": (1.0, "remove the line: answers come from the whole distribution"),
+    "rollout.top_k": (0, "remove the line: answers come from the whole distribution"),
+    "objective.normalise_weights": (False, "remove the line and scale objective.weight.alpha, low and high"),
+    "train.prefer_half": (False, "use data.scan or rollout.top_up_rounds"),
+    "eval.stop_loops": (False, "remove the line, or lower eval.max_new_tokens"),
+    "guards.window": (5, "remove the line: the limit is fixed"),
+    "guards.grad_norm": (10.0, "remove the line: the limit is fixed"),
+    "guards.kl": (2.0, "remove the line: the limit is fixed"),
+    "guards.truncated": (0.95, "remove the line: the limit is fixed"),
+    "guards.length": (0.9, "remove the line: the limit is fixed"),
+}
+# What other trainers call our options.
+SYNONYMS = {
+    "lr": "train.learning_rate", "batch_size": "train.prompts_per_step", "max_steps": "train.steps",
+    "epochs": "train.steps", "rank": "model.lora_rank", "r": "model.lora_rank", "max_tokens": "rollout.max_new_tokens",
+    "max_completion_length": "rollout.max_new_tokens", "num_generations": "rollout.group_size",
+    "load_in_4bit": "model.quantization",
+}  # fmt: skip
+
+
 def presets() -> dict[str, Path]:
     """Name -> file of every preset: inside the installed package, or `presets/` of a checkout."""
     here = Path(__file__).parent.parent
@@ -102,8 +128,13 @@ def read_toml(path: Path) -> Settings:
     return raw
 
 
+UNSET = object()
+
+
 def parse_override(text: str) -> tuple[str, str, Any]:
-    """`section.key=value` -> (section, key, value). The value is TOML; what is no TOML is a string."""
+    """`section.key=value` -> (section, key, value). The value is TOML; what is no TOML is a string; nothing
+    unsets an option that may be unset. A key may name an entry of [objective.weight]: `objective.weight.kappa=5`.
+    """
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
@@ -111,6 +142,9 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         meant = [full for full in known if full.rpartition(".")[2] == section] if equals else []
         example = f"{meant[0]}={value}" if meant else "train.learning_rate=2e-5"
         raise ConfigError(f"--set {text!r} is not section.key=value, e.g. --set {example}")
+    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+    if not value.strip() and field is not None and field.default is None:
+        return section, key, UNSET
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -137,12 +171,27 @@ def load(
         added = merged.get("rewards", {}).get("functions", {})
         merged.setdefault("rewards", {})["functions"] = given | added if isinstance(given, dict) else given
     for section, key, value in map(parse_override, overrides):
-        merged.setdefault(section, {})[key] = value
+        _put(merged, section, key, value)
     for name, value in (named or {}).items():
         if value is not None:
             section, key = name.split(".")
-            merged.setdefault(section, {})[key] = value
+            _put(merged, section, key, value)
     return validate(merged)
+
+
+def _put(settings: Settings, section: str, key: str, value: Any) -> None:
+    """Set one option under the name that it has today. UNSET takes it out, so that its default holds."""
+    section, key = RENAMED.get(f"{section}.{key}", f"{section}.{key}").split(".", 1)
+    table = settings.setdefault(section, {})
+    outer, dot, inner = key.partition(".")
+    if dot and f"{section}.{outer}" == "objective.weight":
+        table, key = table.setdefault(outer, {}), inner
+    if value is UNSET:
+        table.pop(key, None)
+    elif key == "weight" and isinstance(value, dict) and isinstance(table.get(key), dict):
+        table[key] = table[key] | value
+    else:
+        table[key] = value
 
 
 def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) -> tuple[Config, list[str]]:
@@ -168,16 +217,30 @@ def _lay_over(merged: Settings, path: Path) -> None:
     for section, values in read_toml(path).items():
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
-        merged.setdefault(section, {}).update(values)
+        for key, value in values.items():
+            _put(merged, section, key, value)
 
 
 def validate(settings: Settings) -> Config:
     """Raw settings -> Config, or one ConfigError with every problem in it, one a line."""
+    problems = [
+        f"{name} = {json.dumps(values[key], default=str)}: this option was removed; {instead}"
+        for name, (default, instead) in REMOVED.items()
+        for section, key in [name.split(".")]
+        for values in [settings.get(section, {})]
+        if key in values and values[key] != default
+    ]
+    settings = {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in REMOVED}
+        for section, values in settings.items()
+    }
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
     except ValidationError as error:
-        problems = [_problem(dict(item)) for item in error.errors()]
-        raise ConfigError("\n".join(problems)) from None
+        problems += [_problem(dict(item)) for item in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def _problem(item: dict[str, Any]) -> str:
@@ -191,7 +254,10 @@ def _problem(item: dict[str, Any]) -> str:
         if field is not None and isinstance(field.default, dict):
             whole = f"{place[0]}.{table}={{ {entry} = {json.dumps(item['input'], default=str)} }}"
             return f"'{name}': a table is set as a whole: --set '{whole}'"
-        return f"unknown {kind} '{name}'.{nearest(place[-1], allowed)} Allowed: {', '.join(allowed)}"
+        elsewhere = [f"{part}.{place[-1]}" for part, model in SECTIONS.items() if place[-1] in model.model_fields]
+        meant = SYNONYMS.get(place[-1]) or next(iter(elsewhere), None)
+        hint = f" Did you mean '{meant}'?" if meant else nearest(place[-1], allowed)
+        return f"unknown {kind} '{name}'.{hint} Allowed: {', '.join(allowed)}"
     if item["type"] == "missing":
         if len(place) == 1:  # model and data are the two sections that a run cannot do without
             key = "name" if name == "model" else "source"

@@ -22,45 +22,52 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """What is trained."""
+    """The base model and its LoRA adapter."""
 
     name: str = Field(
         min_length=1,
         description="Base model: a Hub id, a folder, a .gguf file, or package:NAME/FILE.gguf (inside a Python package)",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit); the default branch if unset")
-    sha256: str | None = Field(None, description="Refuse a .gguf file whose SHA-256 is another")
+    sha256: str | None = Field(None, description="Expected SHA-256 of the .gguf file")
     upstream: str | None = Field(
-        None, description="Hub id that the adapter names as its base; needed where name is a file that has one"
+        None, description="Hub id to record as the adapter's base, for a base loaded from a file"
     )
     backend: Literal["auto", "transformers", "unsloth"] = Field(
-        "auto", description="auto: unsloth where a card and its package are there, else transformers"
+        "auto",
+        description="Library that runs the model; auto: unsloth if installed and a card is there, else transformers",
     )
     adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
     quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="nf4: 4-bit base weights, double quantisation; int8: 8-bit (bitsandbytes); none: 16 or 32"
+        "none",
+        description="Base weights in 4 bits (nf4, double quantisation), 8 bits (int8, bitsandbytes), 16 or 32 (none)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Compute type of the base; auto: bfloat16 where the card has it, else float16; float32 on CPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the card if torch can use one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device to run on; auto: the CUDA card if torch can use it, else the CPU"
+    )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank r of the LoRA update")
-    lora_alpha: float = Field(32, gt=0, description="The update is scaled by alpha / r (alpha / sqrt(r) with rsLoRA)")
+    lora_alpha: float = Field(
+        32, gt=0, description="Scale alpha of the LoRA update: alpha / r, or alpha / sqrt(r) with rslora"
+    )
     lora_targets: list[str] = Field(
         ["all-linear"],
         min_length=1,
-        description="Module names that get LoRA, or all-linear: every linear layer but the head",
+        description="Names of the modules that get LoRA; all-linear: every linear layer except the head",
     )
-    lora_dropout: float = Field(0.0, description="Must be 0: dropout makes the ratio differ from 1 before any update")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
-    dora: bool = Field(False, description="DoRA: the length of each row of the weights is learned too; slower")
-    trust_remote_code: bool = Field(False, description="Run Python code that a model repository brings. Dangerous")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code from the model repository. Dangerous: it can do anything you can"
+    )
     prompt_format: str | None = Field(
-        None, description='For bases without a chat template, e.g. "Question: {prompt}\\nAnswer:"; {system} may appear'
+        None,
+        description='Format for a base without a chat template, e.g. "Question: {prompt}\\nAnswer:"; may hold {system}',
     )
     template_options: dict[str, Any] = Field(
-        {}, description="Passed to the chat template, e.g. { enable_thinking = false }"
+        {}, description="Arguments of the chat template, e.g. { enable_thinking = false }"
     )
 
     @field_validator("lora_targets", mode="before")
@@ -68,19 +75,9 @@ class Model(Section):
     def _one_target_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("lora_dropout")
-    @classmethod
-    def _no_dropout(cls, value: float) -> float:
-        if value != 0:
-            raise ValueError(
-                "must be 0: with dropout the policy that is trained differs from the one that sampled, so the "
-                "ratio is wrong before the first update. Remove the line"
-            )
-        return value
-
 
 class Data(Section):
-    """Where the prompts come from."""
+    """The prompts and their gold answers."""
 
     source: str = Field(
         min_length=1,
@@ -90,21 +87,28 @@ class Data(Section):
     split: str = Field("train", description="Split of a Hub data set to train on")
     revision: str | None = Field(None, description="Hub revision of the data set")
     eval_source: str | None = Field(
-        None, description="Another source for the held-out rows (subset, revision and options are of `source`)"
+        None, description="Separate source of held-out rows (subset, revision and options apply to `source` only)"
     )
     eval_split: str | None = Field(None, description="Split of the Hub data set that holds the held-out rows")
     prompt: str = Field("prompt", description="Column that holds the prompt: a string or a list of chat messages")
-    answer: str = Field("answer", description="Column with the gold answer, seen by rewards as `answer`; '' for none")
-    system: str | None = Field(None, description="System message put before every prompt that has none")
+    answer: str = Field(
+        "answer", description="Column that holds the gold answer (rewards see it as `answer`); '' for none"
+    )
+    system: str | None = Field(None, description="System message for every prompt that has none")
     options: dict[str, Any] = Field({}, description="Arguments of a generator, e.g. { size = 2000 }")
-    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are counted, reported and left out (tokens)")
+    max_prompt_tokens: int = Field(
+        512, ge=1, description="Longest prompt (tokens); longer ones are left out and counted"
+    )
     scan: str | None = Field(
         None,
         description="A file of `lite-trgrpo check --scan 500`: training takes only prompts that the base solved there "
         "between 10 % and 90 % of the time",
     )
     seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Of generators and of the choice of held-out rows; not of a run's sampling"
+        0,
+        ge=0,
+        le=MAX_SEED,
+        description="Seed for generated data and for the held-out split (sampling uses train.seed)",
     )
 
 
@@ -113,13 +117,16 @@ class Rewards(Section):
 
     functions: dict[str, float] = Field(
         {"exact": 1.0},
-        description="Weight by name of a built-in or file.py:function; the reward is the weighted sum",
+        description="Weights by function: a built-in or file.py:function; the reward is the weighted sum",
     )
-    options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments by function name")
-    must_stop: bool = Field(False, description="An answer that the token cap cut off gets at most 0 from each function")
-    solved_at: float = Field(1.0, description="An answer is solved when the first function gives at least this")
-    seconds: float = Field(5.0, gt=0, description="Longest that a function may take for one answer (seconds)")
-    memory: str = Field("4GB", description="Most that the process of the functions may hold, e.g. 512MB (Linux only)")
+    options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments of each function, by its name")
+    truncated_max_zero: bool = Field(False, description="Limit truncated answers to a reward of at most 0 per function")
+    solved_by: str | None = Field(
+        None, description="Function that decides whether an answer is solved; unset: the first of rewards.functions"
+    )
+    solved_at: float = Field(1.0, description="Lowest value of that function at which an answer counts as solved")
+    seconds: float = Field(5.0, gt=0, description="Time limit of a function for one answer (seconds)")
+    memory: str = Field("4GB", description="Memory limit of the reward process, e.g. 512MB (Linux only)")
     on_failure: str | float = Field(
         "skip",
         description="Where a function hangs, crashes or raises: skip the answer (not gradable), fail the run, or a "
@@ -153,30 +160,33 @@ class Rewards(Section):
             raise ValueError("must be skip, fail or a number, e.g. -1.0")
         return value
 
+    @property
+    def decisive(self) -> str:
+        """The function that decides whether an answer is solved."""
+        return self.solved_by or next(iter(self.functions))
+
     @model_validator(mode="after")
     def _options_have_a_function(self) -> "Rewards":
         stray = [name for name in self.options if name not in self.functions]
         if stray:
             raise ValueError(f"options for {stray} but functions only has {list(self.functions)}")
+        if self.solved_by is not None and self.solved_by not in self.functions:
+            raise ValueError(f"solved_by = {self.solved_by!r} is not one of functions, {list(self.functions)}")
         return self
 
 
 class Rollout(Section):
     """How answers are sampled."""
 
-    group_size: int = Field(8, description="Answers a prompt (the paper's G)")
-    max_new_tokens: int = Field(256, ge=1, description="Cap of an answer's length (tokens)")
-    temperature: float = Field(1.0, gt=0, description="All probabilities are those of softmax(logits / temperature)")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Below 1 the sampler is no longer the policy: for experiments only"
-    )
-    top_k: int = Field(0, ge=0, description="Above 0 the sampler is no longer the policy: for experiments only")
+    group_size: int = Field(8, description="Answers per prompt (the paper's G)")
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer (tokens)")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature. Log-probabilities in the loss use it too")
     top_up_rounds: int = Field(
         0,
         ge=0,
-        description="Rounds in which groups without signal are replaced by fresh prompts (DAPO's dynamic sampling)",
+        description="Rounds that replace groups without signal by fresh prompts (DAPO's dynamic sampling); 0: off",
     )
-    max_rows: int = Field(128, ge=1, description="At most this many answers are decoded side by side")
+    max_rows: int = Field(128, ge=1, description="Most answers decoded at the same time")
     cache_mib: int | None = Field(
         None,
         ge=1,
@@ -184,7 +194,8 @@ class Rollout(Section):
         "a third of what is free on the card; a run keeps what was resolved at its start",
     )
     engine: Literal["groups", "generate", "vllm"] = Field(
-        "groups", description="groups: ours; generate: transformers' own, as a reference; vllm: unsloth's, on a card"
+        "groups",
+        description="groups: our own; generate: that of transformers, as a reference; vllm: unsloth's vLLM, CUDA only",
     )
 
     @field_validator("group_size")
@@ -200,6 +211,22 @@ class Rollout(Section):
         return found if self.cache_mib is None else found | {"cache_bytes": self.cache_mib * 2**20}
 
 
+class Weight(Section):
+    """Constants of the token weight w = clip(alpha (sigmoid(kappa (p - centre)) - mu), low, high)."""
+
+    alpha: float = Field(2.0, description="alpha, the scale")
+    kappa: float = Field(9.0, description="kappa, the slope (the paper's tau)")
+    low: float = Field(1.0, gt=0, description="Lower bound of w")
+    high: float = Field(1.4, gt=0, description="Upper bound of w")
+    a: float = Field(0.3, ge=0, le=1, description="a of the linear weight a p + 1 - a")
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Weight":
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}; swap them")
+        return self
+
+
 class Objective(Section):
     """The loss, in the paper's symbols (docs/method.md)."""
 
@@ -208,15 +235,10 @@ class Objective(Section):
         description="Token weight w: offset, centred: TR-GRPO in two readings; reverse: w(1 - p); constant: their mean "
         "(fair control); linear: a p + 1 - a; none: 1",
     )
-    alpha: float = Field(2.0, description="alpha in w = clip(alpha (sigmoid(kappa (p - centre)) - mu), low, high)")
-    kappa: float = Field(9.0, description="kappa, the slope (the paper's tau)")
-    low: float = Field(1.0, gt=0, description="Lower bound of w")
-    high: float = Field(1.4, gt=0, description="Upper bound of w")
-    share: float = Field(0.3, ge=0, le=1, description="a of the linear weight a p + 1 - a")
+    weight: Weight = Field(Weight(), description="Constants of the token weight, a table: see below")
     weights_from: Literal["current", "sampling"] = Field(
-        "current", description="The policy whose p sets the weight: the one being trained, or the one that sampled"
+        "current", description="Policy whose p sets the weight: the one being trained, or the one that sampled"
     )
-    normalise_weights: bool = Field(False, description="Divide w by its mean over the step's tokens")
     placement: Literal["surrogate", "ratio"] = Field(
         "surrogate", description="surrogate: w outside min and KL; ratio: Eq. 9 as printed, w on the ratio"
     )
@@ -224,19 +246,23 @@ class Objective(Section):
         "grpo", description="A from the group's rewards R: (R - mean) / std, R - mean, R - mean of the others, R"
     )
     trust_region: Literal["clip", "sequence", "cispo", "sapo", "dppo", "penalty"] = Field(
-        "clip", description="What holds pi near pi_old: PPO's clip, GSPO, CISPO, SAPO, DPPO (binary TV), R2VPO"
+        "clip",
+        description="Trust region that keeps pi near pi_old: PPO's clip, GSPO, CISPO, SAPO, DPPO (binary TV), R2VPO",
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
     clip_high: float = Field(0.2, ge=0, description="eps_high: the ratio's upper bound is 1 + eps_high")
-    dual_clip: float | None = Field(None, gt=1, description="c: where A < 0 the gain is never below c A")
+    dual_clip: float | None = Field(
+        None, gt=1, description="Dual clip c: where A < 0 the gain is never below c A; unset: off"
+    )
     penalty: float = Field(1.0, ge=0, description="lambda of r A - lambda (r - 1)^2 (trust_region = penalty)")
     aggregation: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="Mean over answers of their token means, over all tokens of the step, or over B * max_new_tokens",
+        description="Mean of the token losses: per answer and then over answers, over all tokens of the step, or over "
+        "B * max_new_tokens",
     )
     beta: float = Field(0.0, ge=0, description="KL coefficient; above 0 the base model is the reference")
     kl: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator: -log x, (log x)^2 / 2, x - log x - 1")
-    mask_truncated: bool = Field(False, description="Leave answers cut off by the token cap out of the loss")
+    mask_truncated: bool = Field(False, description="Leave truncated answers out of the loss")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Objective":
@@ -247,47 +273,46 @@ class Objective(Section):
             )
         if self.dual_clip is not None and self.trust_region not in ("clip", "sequence"):
             raise ValueError(f"dual_clip belongs to trust_region clip or sequence, not {self.trust_region}; unset it")
-        if self.low > self.high:
-            raise ValueError(f"low = {self.low} is above high = {self.high}; swap them")
         return self
 
 
 class Train(Section):
     """The loop."""
 
-    steps: int = Field(200, ge=1, description="Optimizer batches: each samples, scores and updates once")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts a step (the letter P); any number works")
-    updates_per_batch: int = Field(1, ge=1, description="Optimizer updates made with each batch of answers")
+    steps: int = Field(200, ge=1, description="Number of steps; each samples, scores and updates once")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts per step")
+    updates_per_batch: int = Field(1, ge=1, description="Optimizer updates per batch of answers")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; 0: none")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
-        "adamw", description="AdamW with its state in fp32, or in 8 bits (bitsandbytes), or paged to host memory too"
+        "adamw", description="AdamW with state in fp32, in 8 bits (bitsandbytes), or in 8 bits and paged to host memory"
     )
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm; larger gradients are scaled down to it")
     micro_batch_tokens: int = Field(
         4096,
         ge=1,
-        description="Tokens of one forward and backward, a shared prompt counted once; never changes the result",
+        description="Tokens per forward and backward pass, a shared prompt counted once. Never changes the result",
     )
     memory: str | None = Field(
         None,
-        description="Most that the run may take, e.g. 6GB: of the card, or on CPU of the process (Linux only). What "
-        "goes beyond it is met as out of memory: done in smaller pieces",
+        description="Memory limit, e.g. 6GB, of the card or (Linux only) of the process on CPU. Work that would exceed "
+        "it is split into smaller batches; unset: all there is",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
-    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: not by number of steps")
-    checkpoint_minutes: float = Field(10, ge=0, description="Minutes after which there is one anyway; 0: never")
-    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay, beside the one to fall back on")
-    prefer_half: bool = Field(
-        False, description="Of four prompts take the one whose remembered solve rate is nearest to 50 %; new ones first"
+    checkpoint_every: int = Field(50, ge=0, description="Save a checkpoint every N steps (0: off)")
+    checkpoint_minutes: float = Field(10, ge=0, description="Also save a checkpoint every N minutes (0: off)")
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Number of newest checkpoints to keep, besides the best and the last good one"
     )
-    preflight: bool = Field(True, description="Refuse to start, or to go on after step 1, where nothing can be learned")
+    preflight: bool = Field(True, description="Refuse to start, or to continue after step 1, if nothing can be learned")
     track: Literal["tensorboard", "wandb", "trackio"] | None = Field(
-        None, description="Send the metrics there too; its package must be installed"
+        None, description="Also send the metrics to this tracker; its package must be installed"
     )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of adapter initialisation, data order and sampling")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="Seed for the adapter's initial weights, data order and sampling"
+    )
 
     @field_validator("memory")
     @classmethod
@@ -300,33 +325,30 @@ class Train(Section):
 class Eval(Section):
     """The held-out score."""
 
-    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after")
-    rows: int = Field(200, ge=0, description="Held-out rows; at most half of a source that has no split of its own")
-    samples: int = Field(4, ge=0, description="Sampled answers a row, for pass@k; 0: only the greedy answer")
-    max_new_tokens: int | None = Field(None, ge=1, description="Cap while evaluating; the rollout's if unset (tokens)")
-    stop_loops: bool = Field(False, description="Cut off answers that repeat themselves; they count as truncated")
+    every: int = Field(0, ge=0, description="Evaluate every N steps (0: only before and after training)")
+    rows: int = Field(
+        200, ge=0, description="Number of held-out rows; at most half of a source that has no split of its own"
+    )
+    samples: int = Field(4, ge=0, description="Sampled answers per row, for pass@k; 0: only the greedy answer")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer while evaluating (tokens); unset: rollout.max_new_tokens"
+    )
 
 
 class Guards(Section):
-    """When a run is in trouble. A step that is beyond a limit is a yellow light, `window` in a row are a red one."""
+    """When a run is in trouble: limits that are crossed give a warning, and are critical if that lasts."""
 
     rollbacks: int = Field(
         0,
         ge=0,
-        description="Red lights that go back to the last good checkpoint, at half the rate; one more ends",
+        description="How often a critical guard may roll the run back (to the last good checkpoint, at half the "
+        "learning rate) before the run stops; 0: guards only warn",
     )
-    window: int = Field(5, ge=2, description="Steps in a row that turn a yellow light red")
     entropy: float = Field(
-        0.01, ge=0, description="entropy_sampled below which answers hardly vary: collapse, unless solved (nats)"
+        0.01,
+        ge=0,
+        description="Lowest healthy entropy_sampled (nats); below it answers hardly vary, unless they are solved",
     )
-    grad_norm: float = Field(10.0, gt=0, description="Above it the gradient has blown up (before clipping)")
-    kl: float = Field(
-        2.0,
-        gt=0,
-        description="Above it the policy has left its base (objective.beta > 0), or itself in one step (nats)",
-    )
-    truncated: float = Field(0.95, gt=0, le=1, description="From this share on all answers count as cut off")
-    length: float = Field(0.9, gt=0, le=1, description="Mean length that runs to the cap, as a share of the cap")
 
 
 class Config(Section):

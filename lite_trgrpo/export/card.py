@@ -191,9 +191,7 @@ def _quoted(text: str) -> str:
 
 
 def _vllm(config: Config, base: str, short: str, name: str) -> str:
-    """vLLM serves plain LoRA only, at ranks of its own."""
-    if config.model.dora:
-        return ""
+    """vLLM serves LoRA at ranks of its own."""
     rank = max(8, 2 ** math.ceil(math.log2(config.model.lora_rank)))
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {short}={name}"
     return f"vLLM:\n\n```sh\n{serve}\n```\n\n"
@@ -216,7 +214,7 @@ def _settings(config: Config, facts: Mapping[str, Any]) -> str:
     model = config.model
     shown: dict[str, Mapping[str, Any]] = {
         "lora": {name: getattr(model, f"lora_{name}") for name in ("rank", "alpha", "targets")}
-        | {"rslora": model.rslora, "dora": model.dora},
+        | {"rslora": model.rslora},
         "rollout": config.rollout.model_dump(exclude_none=True),
         "objective": config.objective.model_dump(exclude_none=True),
         "train": config.train.model_dump(exclude_none=True),

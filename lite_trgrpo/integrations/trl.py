@@ -101,7 +101,7 @@ class TRGRPOTrainer(GRPOTrainer):
         batch["advantages"] = advantages[own].to(divisors.dtype)
         batch["denominator"] = divisors[own]
         batch["loss_mask"] = mask.bool() & (counted[own] > 0).unsqueeze(1)
-        if self.objective.weights == "constant" or self.objective.normalise_weights:
+        if self.objective.weights == "constant":
             batch["mean_weight"] = self._mean_weight(batch)
         if self.objective.weights_from == "sampling":
             batch["started_logps"] = self._started(batch)
@@ -174,7 +174,7 @@ def trainer_of(config: Config, folder: Path, **changes: Any) -> Iterator[TRGRPOT
     """The run that `config` describes, as a trainer; the reward functions run in their own process until the end.
 
     changes: arguments of GRPOConfig, e.g. use_vllm=True, vllm_mode="colocate"; `rollout_func` goes to the trainer.
-    Not taken over: held-out scores, guards, top-up rounds, prefer_half, train.memory, our engine.
+    Not taken over: held-out scores, guards, top-up rounds, train.memory, our engine.
     """
     rollout = changes.pop("rollout_func", None)
     device = resolve_device(config.model.device)
@@ -217,8 +217,8 @@ def trl_arguments(config: Config, folder: Path, device: torch.device, **changes:
     settings: dict[str, Any] = dict(
         output_dir=str(folder), per_device_train_batch_size=rows, num_generations=rollout.group_size,
         gradient_accumulation_steps=answers // processes // rows, num_iterations=train.updates_per_batch,
-        max_completion_length=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p,
-        top_k=rollout.top_k, max_steps=train.steps * train.updates_per_batch, learning_rate=train.learning_rate,
+        max_completion_length=rollout.max_new_tokens, temperature=rollout.temperature, top_p=1.0,
+        top_k=0, max_steps=train.steps * train.updates_per_batch, learning_rate=train.learning_rate,
         lr_scheduler_type=SCHEDULES[train.schedule], warmup_steps=train.warmup_steps * train.updates_per_batch,
         optim=OPTIMIZERS[train.optimizer], weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
         gradient_checkpointing=train.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},

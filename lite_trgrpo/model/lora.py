@@ -63,7 +63,6 @@ def add_lora(base: Any, options: Model) -> Any:
     every_layer = options.lora_targets == ["all-linear"]
     lora = LoraConfig(
         r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-        use_dora=options.dora,
         target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lite_trgrpo.model.policy import Sequences
 from lite_trgrpo.records import Sampling
-from lite_trgrpo.rollout.engine import Answer, looping
+from lite_trgrpo.rollout.engine import Answer
 
 
 def generate(
@@ -25,11 +25,11 @@ def generate(
     """transformers' `generate`, prompt after prompt; numbers come from torch's generator, seeded from the key."""
     from transformers import GenerationConfig
 
-    filters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    drawn = {"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, num_return_sequences=1 if sampling.greedy else sampling.members,
         do_sample=not sampling.greedy, eos_token_id=sorted(end_ids), pad_token_id=pad_id, bos_token_id=None,
-        output_scores=True, return_dict_in_generate=True, **({} if sampling.greedy else filters),
+        output_scores=True, return_dict_in_generate=True, **({} if sampling.greedy else drawn),
     )  # fmt: skip
     for p, prompt in enumerate(prompts):
         if not wanted[p]:
@@ -37,7 +37,7 @@ def generate(
         new, logprobs = _generated(model, prompt, sampling, config, p)
         for member in wanted[p]:
             row = new[0 if sampling.greedy else member]
-            length = next((t for t in range(1, len(row) + 1) if _ends(row[:t], sampling, end_ids)), len(row))
+            length = next((t for t in range(1, len(row) + 1) if row[t - 1] in end_ids), len(row))
             picked = [logprobs[0 if sampling.greedy else member, t, i].item() for t, i in enumerate(row[:length])]
             yield Answer(p, member, row[:length], picked, row[length - 1] in end_ids)
 
@@ -57,13 +57,9 @@ def _generated(
             made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     finally:
         base.generation_config = own
-    scores = torch.stack(made.scores, 1).float()  # of a sampler, temperature and filters included
+    scores = torch.stack(made.scores, 1).float()  # of a sampler, temperature included
     logprobs = torch.log_softmax(scores / sampling.temperature if sampling.greedy else scores, -1)
     return made.sequences[:, len(prompt) :].tolist(), logprobs
-
-
-def _ends(ids: Sequence[int], sampling: Sampling, end_ids: frozenset[int]) -> bool:
-    return ids[-1] in end_ids or (sampling.stop_loops and looping(ids))
 
 
 def hidden(decoder: Any, rows: Sequences, pad_id: int) -> Tensor:

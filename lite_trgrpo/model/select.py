@@ -23,8 +23,8 @@ def choose(options: Model) -> tuple[str, str]:
         return "transformers", "unsloth is not installed (pip install 'lite-trgrpo[unsloth]')"
     if options.adapter is not None:
         return "transformers", "it continues adapters"
-    if options.dora or options.quantization == "int8":
-        return "transformers", "it has DoRA and int8"
+    if options.quantization == "int8":
+        return "transformers", "it has int8"
     return "unsloth", "a card and the package are there"
 
 

@@ -47,8 +47,8 @@ def load(
 
     if options.adapter is not None:
         raise ModelError("model.adapter is continued by the other backend; type --set model.backend=transformers")
-    if options.dora or options.quantization == "int8":
-        raise ModelError("model.dora and int8 are the other backend's; type --set model.backend=transformers")
+    if options.quantization == "int8":
+        raise ModelError("unsloth has no int8; type --set model.backend=transformers")
     located, template = hf.tokenizer_of(options)
     checkpointing = "unsloth" if gradient_checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
@@ -120,8 +120,8 @@ class UnslothPolicy(hf.TransformersPolicy):
         seeds = row_keys(sampling.key, numbers[:, 0], numbers[:, 1]) >> np.uint64(33)  # 31 bits
         parameters = [
             SamplingParams(
-                temperature=0.0 if sampling.greedy else sampling.temperature, top_p=sampling.top_p,
-                top_k=sampling.top_k, max_tokens=sampling.max_new_tokens, stop_token_ids=sorted(self.end_ids),
+                temperature=0.0 if sampling.greedy else sampling.temperature,
+                max_tokens=sampling.max_new_tokens, stop_token_ids=sorted(self.end_ids),
                 logprobs=0, seed=seed, detokenize=False,
             )
             for seed in seeds.tolist()

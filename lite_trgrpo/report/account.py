@@ -13,11 +13,11 @@ EVENTS = 40
 
 def events(story: Story) -> Html:
     found = list(reading.events(story))
-    rows = [(step, tag("span", name, class_=f"light {colour}"), advice) for step, name, colour, advice in found]
+    rows = [(step, tag("span", name, class_=f"guard {level}"), advice) for step, name, level, advice in found]
     if not rows:
-        return tag("section", tag("h2", "Guards"), tag("p", "No light came on."))
+        return tag("section", tag("h2", "Guards"), tag("p", "Every guard was ok."))
     more = [tag("p", f"... and {len(rows) - EVENTS} more")] if len(rows) > EVENTS else []
-    return tag("section", tag("h2", "Guards"), table(("step", "light", "what it means"), rows[:EVENTS]), *more)
+    return tag("section", tag("h2", "Guards"), table(("step", "guard", "what it means"), rows[:EVENTS]), *more)
 
 
 def cost(story: Story) -> Html:

@@ -103,19 +103,22 @@ def toml(value: Any) -> str:
 # -- what happened ------------------------------------------------------------------------------------------
 
 
+OLD_LEVELS = {"yellow": "warning", "red": "critical"}  # in metrics.jsonl of runs before version 0.2
+
+
 def events(story: Story) -> Iterator[tuple[int, str, str, str]]:
-    """(step, light, colour, advice) of each light as it came on, as the screen said it; roll-backs have no colour."""
+    """(step, guard, level, advice) of each alert when it was raised, as on the screen; roll-backs have no level."""
     limits = Guards(**{key: value for key, value in story.settings["guards"].items() if key in Guards.model_fields})
     prompts, cap = story.settings["train"]["prompts_per_step"], story.settings["rollout"]["max_new_tokens"]
     before: Mapping[str, str] = {}
     for i, line in enumerate(story.metrics):
-        now = line.get("guards", {})
-        fresh = {name: colour for name, colour in now.items() if before.get(name) not in (colour, "red")}
+        now = {name: OLD_LEVELS.get(level, level) for name, level in line.get("guards", {}).items()}
+        fresh = {name: level for name, level in now.items() if before.get(name) not in (level, "critical")}
         scored = [evaluation for evaluation in story.evaluations if evaluation["step"] <= i]
-        then = {key: value for key, value in line.items() if key != "rolled_back_to"}  # that came of the lights
-        lights = guards.lights([*story.metrics[:i], then], scored, limits, prompts, cap) if fresh else []
-        advice = {light.name: light.advice for light in lights}
-        yield from ((line["step"], name, colour, advice.get(name, "")) for name, colour in fresh.items())
+        then = {key: value for key, value in line.items() if key != "rolled_back_to"}  # that came of the alerts
+        alerts = guards.alerts([*story.metrics[:i], then], scored, limits, prompts, cap) if fresh else []
+        advice = {alert.name: alert.advice for alert in alerts}
+        yield from ((line["step"], name, level, advice.get(name, "")) for name, level in fresh.items())
         if "rolled_back_to" in line:
             yield line["step"], "rolled back", "", f"to the adapter of step {line['rolled_back_to']}"
         before = now

@@ -2,7 +2,7 @@
 
     load(functions, options) -> [Reward]       by the name of a built-in, or path/file.py:function
     score(groups, rewards) -> [Group]          the same groups with `rewards` and `parts` filled in
-    Cage(functions, options, ...)              both in a process of its own, with a deadline and a memory limit
+    Sandbox(functions, options, ...)              both in a process of its own, with a deadline and a memory limit
 
 A reward function follows TRL's calling convention, so one written for TRL works here unchanged:
 
@@ -13,7 +13,7 @@ repeated for each completion of a prompt. None means: this answer cannot be grad
 """
 
 from lite_trgrpo.rewards.loading import BUILTINS, Reward, load
-from lite_trgrpo.rewards.sandbox import Cage
+from lite_trgrpo.rewards.sandbox import Sandbox
 from lite_trgrpo.rewards.scoring import Scorer, failure_counts, score
 
-__all__ = ["BUILTINS", "Cage", "Reward", "Scorer", "failure_counts", "load", "score"]
+__all__ = ["BUILTINS", "Reward", "Sandbox", "Scorer", "failure_counts", "load", "score"]

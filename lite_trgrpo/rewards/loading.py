@@ -38,14 +38,14 @@ class Reward:
     weight: float
     options: Mapping[str, Any]
     """Keyword arguments of every call; an option wins over a column of the same name."""
-    must_stop: bool = False
+    truncated_max_zero: bool = False
     """An answer that the token cap cut off gets at most 0."""
 
 
 def load(
-    functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]], must_stop: bool = False
+    functions: Mapping[str, float], options: Mapping[str, Mapping[str, Any]], truncated_max_zero: bool = False
 ) -> list[Reward]:
-    """Weights by name, options by name -> rewards in the same order, all with the same `must_stop`.
+    """Weights by name, options by name -> rewards in the same order, all with the same `truncated_max_zero`.
 
     A file named twice is run once. Raises RewardError for an unknown name, a file that cannot be imported, an
     option the function does not have or refuses, or a weight that is no finite number.
@@ -62,7 +62,7 @@ def load(
             rewards.append(_builtin(name, weight, given))
         else:
             rewards.append(_from_file(name, weight, given, modules))
-    return [replace(reward, must_stop=must_stop) for reward in rewards]
+    return [replace(reward, truncated_max_zero=truncated_max_zero) for reward in rewards]
 
 
 def _builtin(name: str, weight: float, given: dict[str, Any]) -> Reward:

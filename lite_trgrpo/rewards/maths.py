@@ -80,7 +80,7 @@ def math_answer(
     Gold may be GSM8K's `... #### 42`, LaTeX with or without `$`, or plain; one that is empty, in words or
     cannot be parsed is not gradable.
 
-    What math-verify takes too long over is not 0: the cage stops it and counts it. Its own time-outs are off: they
+    What math-verify takes too long over is not 0: the sandbox stops it and counts it. Its own time-outs are off: they
     are signals, which only the main thread gets, and would turn a time-out into a 0.
     """
     if not completions:  # `load` tries it with nothing: time to import and compile, not at the first answer
@@ -104,7 +104,7 @@ def _equal(gold: Any, found: Any) -> bool:
 
     try:
         return verify(gold, found, timeout_seconds=None, raise_on_error=True)
-    except MemoryError:  # the cage's to treat
+    except MemoryError:  # the sandbox's to treat
         raise
     except Exception:  # sympy raises all kinds of things at strange expressions; none of them is the gold answer
         return False
@@ -144,7 +144,7 @@ def _parse(text: str) -> list[Any]:
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     try:
         return parse(text.replace("\\$", ""), extraction_config=kinds, parsing_timeout=None, raise_on_error=True)
-    except MemoryError:  # the cage's to treat
+    except MemoryError:  # the sandbox's to treat
         raise
     except Exception:  # what cannot be parsed is no answer
         return []

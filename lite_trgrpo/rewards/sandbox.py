@@ -1,6 +1,6 @@
 """Scoring in a process that may hang, grow or die without taking the run with it.
 
-`Cage` starts one worker (worker.py), hands it group after group, kills it at the deadline or beyond the memory limit
+`Sandbox` starts one worker (worker.py), hands it group after group, kills it at the deadline or beyond the memory limit
 and starts another. It protects from accidents; a function that wants to do harm still runs with your rights.
 """
 
@@ -40,10 +40,10 @@ class Call:
     members: Sequence[int]
 
 
-class Cage:
+class Sandbox:
     """A Scorer whose reward functions run in a process of their own. To be closed, or used in a `with`.
 
-    functions, options, must_stop: as for `rewards.load`
+    functions, options, truncated_max_zero: as for `rewards.load`
     seconds: deadline for one answer and one function; a group has as many times that as it has answers
     memory: of the worker (bytes); `memory_limited` says whether this system keeps to it
     on_failure: what happens to an answer that a function does not get through, be it time-out, crash or exception.
@@ -57,7 +57,7 @@ class Cage:
         self,
         functions: Mapping[str, float],
         options: Mapping[str, Mapping[str, Any]],
-        must_stop: bool = False,
+        truncated_max_zero: bool = False,
         *,
         seconds: float,
         memory: int,
@@ -67,12 +67,12 @@ class Cage:
         self.memory_limited = False
         self._weights = dict(functions)
         self._numbers = {name: i for i, name in enumerate(functions)}  # by which the worker knows them
-        self._must_stop = must_stop
+        self._truncated_max_zero = truncated_max_zero
         self._setup = serialization.dumps(
             {
                 "functions": self._weights,
                 "options": serialization.pack({name: dict(given) for name, given in options.items()}),
-                "must_stop": must_stop,
+                "truncated_max_zero": truncated_max_zero,
                 "memory": memory,
             }
         )
@@ -112,7 +112,7 @@ class Cage:
         if self._process is not None:
             self._process.kill()  # one that was just being started
 
-    def __enter__(self) -> "Cage":
+    def __enter__(self) -> "Sandbox":
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -174,7 +174,7 @@ class Cage:
             )
         if isinstance(self._on_failure, str):
             return math.nan
-        capped = self._must_stop and not group.completions[i].stopped
+        capped = self._truncated_max_zero and not group.completions[i].stopped
         return min(self._on_failure, 0.0) if capped else self._on_failure
 
     # -- the worker ---------------------------------------------------------------------------------------

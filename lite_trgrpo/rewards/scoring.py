@@ -17,11 +17,11 @@ FAILURES = {"timeout": "reward_timeouts", "crash": "reward_crashes", "error": "r
 
 
 class FunctionRaisedError(RewardError):
-    """A reward function raised; its exception is the cause. In the cage that is treated by `rewards.on_failure`."""
+    """A reward function raised; its exception is the cause. In the sandbox that is treated by `rewards.on_failure`."""
 
 
 class Scorer(Protocol):
-    """What training and evaluation know about scoring: `Cage` in the product."""
+    """What training and evaluation know about scoring: `Sandbox` in the product."""
 
     def start(self, group: Group) -> Future[Group]:
         """Score a group while others are still being sampled."""
@@ -96,7 +96,7 @@ def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
         math.nan if value is None else _number(reward, value, group.example.origin, completion.text)
         for value, (group, completion) in zip(returned, samples, strict=True)
     ]
-    if not reward.must_stop:
+    if not reward.truncated_max_zero:
         return found
     return [
         value if completion.stopped or math.isnan(value) else min(value, 0.0)

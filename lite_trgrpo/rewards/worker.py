@@ -2,7 +2,8 @@
 
 The first line holds what `load` and the limits need, each of the others a function's number and a group:
 
-    {"functions", "options", "must_stop", "memory"}   -> {"memory_limited": bool} or {"refused": [class, message]}
+    {"functions", "options", "truncated_max_zero", "memory"}
+                                                     -> {"memory_limited": bool} or {"refused": [class, message]}
     {"reward": number, "group": ..., "seconds": ...}  -> {"values": [number or null]}, {"raised": text} or refused
 
 It ends with its parent, whose pipe then closes.
@@ -70,7 +71,7 @@ def _group(message: Mapping[str, Any]) -> Group:
 def _load(message: Mapping[str, Any], rewards: list[Reward]) -> dict[str, Any]:
     limited = _limit_memory(message["memory"])
     try:
-        rewards += load(message["functions"], serialization.unpack(message["options"]), message["must_stop"])
+        rewards += load(message["functions"], serialization.unpack(message["options"]), message["truncated_max_zero"])
     except LiteError as error:
         return _refusal(error)
     return {"memory_limited": limited}

@@ -15,7 +15,6 @@ from lite_trgrpo.rollout.cache import GroupCache, bucket
 from lite_trgrpo.rollout.sampling import draw, row_keys, uniforms
 
 READ_AT_ONCE = 4096  # prompt tokens of one forward
-LOOP_PERIOD, LOOP_TOKENS = 16, 64  # an answer loops when its last 64 tokens repeat with a period of at most 16
 
 
 class Decoder(Protocol):
@@ -169,24 +168,18 @@ class Engine:
             keys = np.array([answer.key for answer in answers], dtype=np.uint64)
             positions = np.array([len(answer.ids) for answer in answers])
             uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
-        ids, logprobs = draw(
-            logits, uniform,
-            temperature=self.sampling.temperature, top_p=self.sampling.top_p, top_k=self.sampling.top_k,
-        )  # fmt: skip
+        ids, logprobs = draw(logits, uniform, temperature=self.sampling.temperature)
         finished = []
         for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
             answer.ids.append(token)
             answer.logprobs.append(logprob)
             answer.stopped = token in self.end_ids
             self._grown(answer)
-            if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens or self._loops(answer.ids):
+            if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens:
                 finished.append(answer)
         if finished:
             self._release({id(answer) for answer in finished})
         return finished
-
-    def _loops(self, ids: Sequence[int]) -> bool:
-        return self.sampling.stop_loops and looping(ids)
 
     def _release(self, finished: set[int]) -> None:
         """Rows and lines stay dense: the last one moves into a place that has become free."""
@@ -230,9 +223,3 @@ def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes
 
     wanted = min(sampling.max_rows, len(prompts) * sampling.members)
     return next((rows for rows in range(wanted, 1, -1) if needed(rows) <= sampling.cache_bytes), 1)
-
-
-def looping(ids: Sequence[int]) -> bool:
-    """Whether the last LOOP_TOKENS repeat with some period of at most LOOP_PERIOD."""
-    tail = list(ids[-LOOP_TOKENS:])
-    return len(tail) == LOOP_TOKENS and any(tail[p:] == tail[:-p] for p in range(1, LOOP_PERIOD + 1))

@@ -33,13 +33,10 @@ def uniforms(keys: np.ndarray, position: np.ndarray | int) -> np.ndarray:
     return (mix(keys, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw(
-    logits: Tensor, uniform: Tensor | None, *, temperature: float, top_p: float = 1.0, top_k: int = 0
-) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
     """[B, V] logits, [B] uniforms (None: the most likely token) -> ids [B], log q [B].
 
-    q is the distribution that was drawn from: softmax(logits / temperature), and where top_p or top_k cut it, what is
-    left of it, renormalised. Inverse of the cumulative distribution instead of torch.multinomial, which takes several
+    q is softmax(logits / temperature). The draw inverts the cumulative distribution: torch.multinomial takes several
     times longer over a wide vocabulary.
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -48,8 +45,6 @@ def draw(
     # no pass over the vocabulary that is not needed: with 32 rows each takes a hundredth of a step
     scaled = scaled - scaled.amax(-1, keepdim=True)
     weights = scaled.exp()  # q, not normalised
-    if top_k > 0 or top_p < 1.0:
-        weights = _filtered(weights, top_p, top_k)
     if uniform is None:
         ids = weights.argmax(-1, keepdim=True)
         total = weights.sum(-1, keepdim=True)
@@ -61,12 +56,3 @@ def draw(
         # right=True: the first entry above the target, so an id of probability 0 is never drawn
         ids = torch.searchsorted(cumulative, target, right=True)
     return ids.squeeze(-1), (scaled.gather(-1, ids) - total.log()).squeeze(-1)
-
-
-def _filtered(weights: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Keep the top_k likeliest ids, and of these the fewest whose mass reaches top_p (always at least one)."""
-    ordered, order = weights.sort(-1, descending=True)
-    keep = ordered.cumsum(-1) - ordered < top_p * ordered.sum(-1, keepdim=True)
-    if top_k > 0:
-        keep[:, top_k:] = False
-    return torch.zeros_like(weights).scatter(-1, order, torch.where(keep, ordered, 0.0))

@@ -42,7 +42,7 @@ def quartile_gradients(
         mask, sampled, advantages, denominator = batch_tensors(batch, logprobs)
         quartile = torch.bucketize(sampled.exp(), edges.to(logprobs), right=True)  # [B, T] 0..3
         for reading in SHOWN:
-            chosen = objective.model_copy(update={"weights": reading, "normalise_weights": False})
+            chosen = objective.model_copy(update={"weights": reading})
             weights = weights_of(logprobs, chosen, mean=1.0)
             for q in range(QUARTILES):
                 part = mask & (quartile == q)

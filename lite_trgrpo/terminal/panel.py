@@ -25,8 +25,9 @@ SPARE = 2  # lines of the terminal that are left to what is said above the panel
 ROOMY, TALL = 34, 4  # from so many lines on curves are so tall
 WIDE = 120  # from here on the two answers stand side by side
 RECENT = 20  # steps that an estimate of the time left is made from
-FRESH = 10  # steps for which a warning stays, even if every light is green again
-LIGHTS = {"green": "●", "yellow": "▲", "red": "■"}  # told apart without colour too
+FRESH = 10  # steps for which a warning stays, even if every guard is ok again
+SIGNS = {"ok": "●", "warning": "▲", "critical": "■"}  # told apart without colour too
+STYLES = {"ok": "green", "warning": "yellow", "critical": "red"}
 WORK = {"rollout_s": "█", "reward_s": "▒", "update_s": "░"}
 
 
@@ -68,7 +69,7 @@ class Panel:
         found = [self._progress(width), _rule(self.name, "", width)]
         found += [*self._scores(width, TALL if height >= ROOMY else 1), *self._shares(width)]
         if self.history:
-            found += [*self._work(width), *self._lights(width)]
+            found += [*self._work(width), *self._guards(width)]
         found += self._answers(width, height - len(found))
         for line in found:
             line.truncate(width, overflow="ellipsis")
@@ -159,16 +160,16 @@ class Panel:
             _label("memory"), f"{now:>5.2f} GB now ", (filled, "cyan"), f"{known} limit {limit:.2f} GB"
         )
 
-    def _lights(self, width: int) -> Iterator[Text]:
+    def _guards(self, width: int) -> Iterator[Text]:
         shown = self.history[-1]["guards"]
         row = Text.assemble(_label("guards"))
         for name in NAMES:
-            colour = shown.get(name, "green")
-            light = Text.assemble((f"{LIGHTS[colour]} ", colour), f"{name}  ")
-            if row.cell_len + light.cell_len > width + 2:
+            level = shown.get(name, "ok")
+            cell = Text.assemble((f"{SIGNS[level]} ", STYLES[level]), f"{name}  ")
+            if row.cell_len + cell.cell_len > width + 2:
                 yield row
                 row = Text.assemble(_label(""))
-            row += light
+            row += cell
         yield row
         if self.said is not None and (shown or len(self.history) - self.said[0] < FRESH):
             for line in wrapped(plain(self.said[1]), width - LABEL)[:4]:

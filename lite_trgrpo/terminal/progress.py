@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from lite_trgrpo.config.schema import Config, Rollout
+from lite_trgrpo.config.schema import Config
 from lite_trgrpo.records import Group, Prompt
 from lite_trgrpo.terminal import panel as panels
 from lite_trgrpo.terminal import screen
@@ -38,7 +38,6 @@ def introduce(config: Config, device: torch.device, weights: int, prompts: Line,
 def watched(
     show: Show,
     panel: panels.Panel,
-    rollout: Rollout,
     log: Callable[[Line], None] = lambda line: None,
     saved: Callable[[], None] = lambda: None,
 ) -> Iterator[Listener]:
@@ -55,8 +54,6 @@ def watched(
             _out({"kind": "step", **metrics})
         elif not drawn:
             say(f"step {metrics['step']}/{panel.steps}  {screen.step_line(metrics)}")
-        if metrics["step"] == 1 and (rollout.top_p < 1 or rollout.top_k > 0):
-            say(_gap_warning(rollout, metrics))
 
     def doing(what: str) -> None:
         panel.doing = what
@@ -81,13 +78,3 @@ def _out(line: Line) -> None:
     """On stdout at once. Whoever reads may have gone; the run goes on."""
     with suppress(OSError):
         print(json.dumps(line, default=str), flush=True)
-
-
-def _gap_warning(rollout: Rollout, metrics: Line) -> str:
-    """What a filtered sampler costs, measured in the first step."""
-    mean, largest = metrics.get("sampler_gap_mean", 0.0), metrics.get("sampler_gap_max", 0.0)
-    return (
-        f"warning: with rollout.top_p = {rollout.top_p} and top_k = {rollout.top_k} answers do not come from the "
-        f"policy that is trained: log-probabilities differ by {mean:.3f} on average, at most {largest:.3f}. Set them "
-        "to 1.0 and 0 for an unbiased update"
-    )

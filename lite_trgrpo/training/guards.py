@@ -1,7 +1,7 @@
-"""Traffic lights over a run: is it in trouble, what to do about it, and where to fall back to.
+"""Guards over a run: is it in trouble, what to do about it, and where to fall back to.
 
 All of it is a function of what metrics.jsonl and eval.jsonl hold, so a resumed run decides as the one that went on.
-A light is yellow when the last step was beyond a limit, red when the last `window` steps with a measurement were.
+A guard is `warning` when the last step was beyond its limit, `critical` when the last WINDOW measured steps were.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,6 +11,11 @@ from typing import Any
 
 from lite_trgrpo.config.schema import Config, Guards
 
+WINDOW = 5  # steps in a row that turn a warning critical
+GRAD_NORM = 10.0  # above it the gradient has blown up (before clipping)
+KL = 2.0  # nats a token from the base (objective.beta > 0), or from the policy before one update
+TRUNCATED = 0.95  # share of truncated answers at which all count as such
+LENGTH = 0.9  # mean length that runs to the cap, as a share of the cap
 SOLVED = 0.9  # share of answers from which on a policy that has stopped varying them is what one wants
 LUCK = 1e-3  # chance below which silence is no luck
 RISE = 1.2  # an answer this much longer than at the start has grown
@@ -22,47 +27,47 @@ Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Light:
-    """One that is not green."""
+class Alert:
+    """A guard that is not ok."""
 
     name: str
-    colour: str
-    """yellow or red"""
+    level: str
+    """warning or critical"""
     advice: str
 
 
-def lights(
+def alerts(
     history: Sequence[Line], evaluations: Sequence[Line], options: Guards, prompts: int, cap: int
-) -> list[Light]:
-    """All that are not green after the last line of `history` (metrics); `cap` is that of an answer, in tokens."""
+) -> list[Alert]:
+    """All guards that are not ok after the last line of `history` (metrics); `cap` is that of an answer, in tokens."""
     recent = history[restart(history) :]
     found = []
     for name, (beyond, advice) in _limits(options).items():
         measured = [value for line in recent if (value := beyond(line)) is not None]
         if beyond(recent[-1]):
-            lasting = len(measured) >= options.window and all(measured[-options.window :])
-            found.append(Light(name, "red" if lasting else "yellow", advice))
-    if _above(recent[-1].get("update_kl"), options.kl):
-        advice = f"one update moved the policy by more than {options.kl:g} nats a token. Lower train.learning_rate"
-        found.append(Light("update_kl", "red", advice))
-    if silence := _fell_silent(recent, options.window, prompts):
+            lasting = len(measured) >= WINDOW and all(measured[-WINDOW:])
+            found.append(Alert(name, "critical" if lasting else "warning", advice))
+    if _above(recent[-1].get("update_kl"), KL):
+        advice = f"one update moved the policy by more than {KL:g} nats a token. Lower train.learning_rate"
+        found.append(Alert("update_kl", "critical", advice))
+    if silence := _fell_silent(recent, WINDOW, prompts):
         advice = (
             f"for {silence} steps no prompt had answers of different reward, so nothing is learned any more. Lower "
             "train.learning_rate, or take prompts that are neither too easy nor too hard"
         )
-        found.append(Light("signal", "red", advice))
+        found.append(Alert("signal", "critical", advice))
     if _runs_to_the_cap(history, recent, options, cap):
         advice = (
             f"answers grow towards the cap of {cap} tokens. If reward does not grow with them, add the reward "
             "'overlong'; else raise rollout.max_new_tokens"
         )
-        found.append(Light("length", "yellow", advice))
-    if _without_held_out_gain(history, evaluations, options.window):
+        found.append(Alert("length", "warning", advice))
+    if _without_held_out_gain(history, evaluations, WINDOW):
         advice = (
             "reward has risen, the held-out score has not: read rollouts.jsonl for answers that please the reward "
             "without being right, or train on more prompts"
         )
-        found.append(Light("held_out", "yellow", advice))
+        found.append(Alert("held_out", "warning", advice))
     return found
 
 
@@ -80,16 +85,16 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
             "Lower train.learning_rate, or raise objective.clip_high",
         ),
         "grad_norm": (
-            lambda line: _above(line["grad_norm"] or None, options.grad_norm),
-            f"the gradient is above {options.grad_norm:g}. Lower train.learning_rate, or raise train.prompts_per_step",
+            lambda line: _above(line["grad_norm"] or None, GRAD_NORM),
+            f"the gradient is above {GRAD_NORM:g}. Lower train.learning_rate, or raise train.prompts_per_step",
         ),
         "kl": (
-            lambda line: _above(line.get("kl"), options.kl),
-            f"the policy is more than {options.kl:g} nats a token from its base. Lower train.learning_rate or raise "
+            lambda line: _above(line.get("kl"), KL),
+            f"the policy is more than {KL:g} nats a token from its base. Lower train.learning_rate or raise "
             "objective.beta",
         ),
         "truncated": (
-            lambda line: line["truncated"] >= options.truncated,
+            lambda line: line["truncated"] >= TRUNCATED,
             "nearly every answer is cut off by the token cap. Raise rollout.max_new_tokens; if it was better before, "
             "lower train.learning_rate",
         ),
@@ -115,10 +120,10 @@ def _fell_silent(recent: Sequence[Line], window: int, prompts: int) -> int:
 
 
 def _runs_to_the_cap(history: Sequence[Line], recent: Sequence[Line], options: Guards, cap: int) -> bool:
-    if len(recent) < options.window:
+    if len(recent) < WINDOW:
         return False
-    first, now = (fmean(line["length_mean"] for line in part) for part in _ends(history, options.window))
-    return now >= options.length * cap and now >= RISE * first
+    first, now = (fmean(line["length_mean"] for line in part) for part in _ends(history, WINDOW))
+    return now >= LENGTH * cap and now >= RISE * first
 
 
 def _without_held_out_gain(history: Sequence[Line], evaluations: Sequence[Line], window: int) -> bool:
@@ -153,7 +158,7 @@ def good_steps(history: Sequence[Line], saved: Collection[int]) -> list[int]:
     """Those of the steps `saved` that can be fallen back on, newest first.
 
     Line i is of step i + 1, whose answers were sampled by the adapter of step i. It vouches for that adapter if it
-    raised no light (but the one that is about the update after it) and its answers differed in reward, or were right.
+    raised no alert (but for that of the update after it) and its answers differed in reward, or were right.
     """
     return [
         step

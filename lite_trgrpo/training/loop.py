@@ -20,7 +20,6 @@ from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards, recovery
-from lite_trgrpo.training.curriculum import CHOICE, SolveRates
 from lite_trgrpo.training.guards import of_first_step
 from lite_trgrpo.training.metrics import finite, has_signal, memory, of_rollout, timed
 from lite_trgrpo.training.optimizer import learning_rate_at, make_optimizer
@@ -62,7 +61,6 @@ def train(
         run.cut_back(state["logs"])
         job.step = job.saved = state["step"]
         limits.lower(**state["limits"])
-        job.rates = SolveRates({int(prompt): (solved, tried) for prompt, solved, tried in state["solve_rates"]})
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
         _probe(job)
@@ -103,9 +101,7 @@ def _loop(job: Job) -> None:
         clock = {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0}
         job.listener.doing("sampling")
         with job.stop.interruptible():
-            groups, taught = rollout(
-                config, job.policy, job.training, job.scorer, job.step, clock, job.limits, job.rates
-            )
+            groups, taught = rollout(config, job.policy, job.training, job.scorer, job.step, clock, job.limits)
         _learn(job, groups, taught, clock)
 
 
@@ -184,20 +180,19 @@ def rollout(
     step: int,
     clock: dict[str, float],
     limits: Limits | None = None,
-    rates: SolveRates | None = None,
 ) -> tuple[list[Group], list[Group]]:
     """-> every group that was sampled and scored, and those that go into the update.
 
     A group is scored as soon as it is whole, while others are still decoded. With `top_up_rounds`, groups without
     signal are dropped and fresh prompts sampled in their place, for at most that many rounds; never until a clock says
-    so, or a run could not be repeated. With `rates` and `prefer_half`, prompts are chosen by them.
+    so, or a run could not be repeated.
     """
     wanted = config.train.prompts_per_step
     every: list[Group] = []
     taught: list[Group] = []
     for refill in range(1 + config.rollout.top_up_rounds):
         missing = wanted - len(taught)
-        numbers = _chosen(config, len(training), step, refill, missing, rates)
+        numbers = batch(len(training), wanted, config.train.seed, step, refill)[:missing]
         chosen = [training[i] for i in numbers]
         tickets: dict[int, Future[Group]] = {}
         with timed(clock, "rollout_s"):
@@ -206,9 +201,6 @@ def rollout(
                 tickets[p] = scorer.start(Group(*chosen[p], completions))
         with timed(clock, "reward_s"):  # what was not done by the time that decoding was
             groups = [tickets[p].result() for p in range(len(chosen))]
-        if rates is not None:
-            for i, group in zip(numbers, groups, strict=True):
-                rates.note(i, sum(group.solved(config.rewards.solved_at)), group.graded())
         every += groups
         taught += [group for group in groups if has_signal(group)] if config.rollout.top_up_rounds else groups
         if len(taught) == wanted:
@@ -216,22 +208,11 @@ def rollout(
     return every, taught
 
 
-def _chosen(config: Config, count: int, step: int, refill: int, wanted: int, rates: SolveRates | None) -> Sequence[int]:
-    """Numbers of the training prompts of this round."""
-    size = config.train.prompts_per_step
-    if rates is None or not config.train.prefer_half:
-        return batch(count, size, config.train.seed, step, refill)[:wanted]
-    candidates = batch(count, min(count, CHOICE * size), config.train.seed, step, refill)
-    return rates.nearest_half(candidates, wanted)
-
-
 def _sampling(config: Config, step: int, refill: int) -> Sampling:
     return Sampling(
         members=config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
         key=(config.train.seed, TRAINING, step, refill),
         **config.rollout.decoding(),
     )

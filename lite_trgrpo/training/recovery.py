@@ -17,8 +17,7 @@ def save_if_due(job: Job) -> None:
 
 def save(job: Job, *, complete: bool = False) -> None:
     """Write a checkpoint and prune; `complete` says that the adapter and all scores are there too."""
-    rates = [[prompt, *counts] for prompt, counts in sorted(job.rates.counts.items())]
-    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict(), "solve_rates": rates}
+    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict()}
     checkpoint.save(job.run.checkpoints, job.step, job.trainable, job.optimizer, state)
     job.saved, job.saved_at = job.step, time.monotonic()
     best = max(job.evaluations, key=score_of, default=None)
@@ -39,22 +38,22 @@ def score_of(line: Metrics) -> float:
 
 
 def watch(job: Job, metrics: Metrics) -> str | None:
-    """Light the lights and roll back if one is red; -> why the run must end here, if it must."""
+    """Read the guards and roll back if one is critical; -> why the run must end here, if it must."""
     config, options = job.config, job.config.guards
-    lights = guards.lights(
+    alerts = guards.alerts(
         job.history, job.evaluations, options, config.train.prompts_per_step, config.rollout.max_new_tokens
     )
     before = job.history[-2]["guards"] if len(job.history) > 1 else {}
-    metrics["guards"] = {light.name: light.colour for light in lights}
-    for light in lights:
-        if before.get(light.name) not in (light.colour, "red"):
-            job.listener.warned(f"{light.colour} light '{light.name}' at step {metrics['step']}: {light.advice}")
-    reds = [light for light in lights if light.colour == "red"]
-    if not (reds and options.rollbacks) or (good := _fall_back(job)) is None:
+    metrics["guards"] = {alert.name: alert.level for alert in alerts}
+    for alert in alerts:
+        if before.get(alert.name) not in (alert.level, "critical"):
+            job.listener.warned(f"guard '{alert.name}' {alert.level} at step {metrics['step']}: {alert.advice}")
+    critical = [alert for alert in alerts if alert.level == "critical"]
+    if not (critical and options.rollbacks) or (good := _fall_back(job)) is None:
         return None
     metrics["rolled_back_to"] = good
     if (count := guards.rollbacks(job.history)) > options.rollbacks:
-        return f"the guard '{reds[0].name}' after {options.rollbacks} roll-backs; the adapter is that of step {good}"
+        return f"guard '{critical[0].name}' after {options.rollbacks} roll-backs; the adapter is that of step {good}"
     job.listener.warned(
         f"rolled back to the adapter of step {good} ({count} of at most {options.rollbacks} times); the learning "
         "rate is halved"

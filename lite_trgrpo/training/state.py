@@ -14,7 +14,6 @@ from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.records import Example, Group, Prompt
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.training.curriculum import SolveRates
 from lite_trgrpo.training.stopping import Stop
 
 Encoded = list[tuple[Example, Prompt]]
@@ -50,7 +49,6 @@ class Job:
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     limits: Limits
-    rates: SolveRates = field(default_factory=SolveRates)
     step: int = 0
     """Steps that are done."""
     history: list[Metrics] = field(default_factory=list)

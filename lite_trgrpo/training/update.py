@@ -126,7 +126,7 @@ def update(
         "loss": _mean(losses),
         "grad_norm": _mean(norms),
         "updates_skipped": skipped,
-        **merged(statistics).report(*weight_range(objective, mean_weight)),
+        **merged(statistics).report(*weight_range(objective)),
     }
 
 

@@ -17,20 +17,20 @@ def reading(logprobs: Tensor, objective: Objective) -> Tensor:
     if objective.weights == "none":
         return torch.ones_like(logprobs)
     if objective.weights == "linear":
-        return linear_weights(logprobs, share=objective.share)
+        return linear_weights(logprobs, share=objective.weight.a)
     if objective.weights == "reverse":  # w(1 - p): the same values, mirrored
         logprobs = torch.log1p(-logprobs.detach().exp().clamp(max=1.0))
+    weight = objective.weight
     centre, mu = READINGS.get(objective.weights, READINGS["offset"])
     return token_weights(
-        logprobs, alpha=objective.alpha, kappa=objective.kappa, centre=centre, mu=mu,
-        low=objective.low, high=objective.high,
+        logprobs, alpha=weight.alpha, kappa=weight.kappa, centre=centre, mu=mu, low=weight.low, high=weight.high,
     )  # fmt: skip
 
 
 def step_mean(sampled: Sequence[Sequence[float]], objective: Objective) -> float:
     """Mean of the weights over all tokens of a step, from the log-probabilities they were sampled with.
 
-    From the sampler, since it must be known before the first micro-batch: `constant` and `normalise_weights` need it.
+    From the sampler, since `constant` needs it before the first micro-batch.
     """
     flat = torch.tensor([logprob for row in sampled for logprob in row], dtype=torch.float64)
     return reading(flat, objective).mean().item() if len(flat) else 1.0
@@ -41,12 +41,11 @@ def weights_of(logprobs: Tensor, objective: Objective, mean: float) -> Tensor | 
     if objective.weights == "none":
         return None
     if objective.weights == "constant":  # the fair control: as much weight, the same for every token
-        return torch.full_like(logprobs, 1.0 if objective.normalise_weights else mean)
-    weights = reading(logprobs, objective)
-    return weights / mean if objective.normalise_weights else weights
+        return torch.full_like(logprobs, mean)
+    return reading(logprobs, objective)
 
 
-def weight_range(objective: Objective, mean: float) -> tuple[float, float]:
+def weight_range(objective: Objective) -> tuple[float, float]:
     """Lowest and highest weight that can occur: the ends of the histogram."""
-    low, high = (1 - objective.share, 1.0) if objective.weights == "linear" else (objective.low, objective.high)
-    return (low / mean, high / mean) if objective.normalise_weights else (low, high)
+    weight = objective.weight
+    return (1 - weight.a, 1.0) if objective.weights == "linear" else (weight.low, weight.high)

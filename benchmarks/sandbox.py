@@ -1,11 +1,11 @@
 """What scoring in a process of its own costs.
 
-    python benchmarks/cage.py          two minutes
+    python benchmarks/sandbox.py          two minutes
 
-The `math` reward on batches of 1,000 answers (125 prompts, groups of 8), turn by turn in this process and in the cage,
-the same answers in both, new ones in every round; each has scored a batch before the clock starts. `number` is there
-to show the pipe: it does little itself. Ends with 1 if the median throughput
-of `math` in the cage is below 90 % of that outside, or if a single value differs.
+The `math` reward on batches of 1,000 answers (125 prompts, groups of 8), in this process and in the sandbox by
+turns: the same answers in both, new ones in every round; each has scored a batch before the clock starts. `number`
+shows the pipe: it does little itself. Ends with 1 if the median throughput
+of `math` in the sandbox is below 90 % of that outside, or if a single value differs.
 """
 
 import datetime
@@ -22,7 +22,7 @@ from importlib.metadata import version
 import psutil
 
 from lite_trgrpo.records import Completion, Example, Group, Prompt
-from lite_trgrpo.rewards import Cage, load, score
+from lite_trgrpo.rewards import Sandbox, load, score
 
 PROMPTS, MEMBERS, ROUNDS = 125, 8, 7
 LEAST = 0.9
@@ -46,13 +46,13 @@ def batch(seed: int) -> list[Group]:
 
 
 def measure(name: str) -> float:
-    """Print one reward's rounds; -> median throughput in the cage over that outside."""
+    """Print one reward's rounds; -> median throughput in the sandbox over that outside."""
     rewards = load({name: 1.0}, {})
-    speed: dict[str, list[float]] = {"outside": [], "in the cage": []}
-    with Cage({name: 1.0}, {}, seconds=5.0, memory=4 * 2**30) as cage:
+    speed: dict[str, list[float]] = {"outside": [], "in the sandbox": []}
+    with Sandbox({name: 1.0}, {}, seconds=5.0, memory=4 * 2**30) as sandbox:
         ways: dict[str, Callable[[list[Group]], list[Group]]] = {
             "outside": lambda groups: score(groups, rewards),
-            "in the cage": cage.score,
+            "in the sandbox": sandbox.score,
         }
         for seed in range(1 + ROUNDS):
             groups = batch(seed)
@@ -63,10 +63,10 @@ def measure(name: str) -> float:
                 if seed:  # the first round warms up
                     speed[way].append(PROMPTS * MEMBERS / (time.perf_counter() - started))
             if found[0] != found[1]:
-                sys.exit(f"{name}: the cage gives other values")
+                sys.exit(f"{name}: the sandbox gives other values")
     for way, values in speed.items():
         print(f"{name:8} {way:12} {statistics.median(values):10,.0f}   {min(values):,.0f} to {max(values):,.0f}")
-    return statistics.median(speed["in the cage"]) / statistics.median(speed["outside"])
+    return statistics.median(speed["in the sandbox"]) / statistics.median(speed["outside"])
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     print(f"answers a second, batches of {PROMPTS * MEMBERS:,}, {ROUNDS} rounds each\n")
     print(f"{'reward':8} {'':12} {'median':>10}   range")
     ratio = measure("math")
-    print(f"math in the cage: {ratio:.1%} of outside (at least {LEAST:.0%} wanted)\n")
+    print(f"math in the sandbox: {ratio:.1%} of outside (at least {LEAST:.0%} wanted)\n")
     measure("number")
     if ratio < LEAST:
         sys.exit(1)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lite_trgrpo.cli import app
 from lite_trgrpo.errors import MissingPackageError, RewardError
 from lite_trgrpo.records import Group
-from lite_trgrpo.rewards import BUILTINS, Cage, failure_counts, load, score, serialization
+from lite_trgrpo.rewards import BUILTINS, Sandbox, failure_counts, load, score, serialization
 from lite_trgrpo.rewards.process import environment
 from tests.test_rewards import group
 
@@ -94,14 +94,14 @@ def own(tmp_path: Path) -> str:
     return str(file)
 
 
-def cage(name: str, **changes: Any) -> Cage:
-    return Cage({name: 1.0}, {}, **({"seconds": SECONDS, "memory": GB // 4} | changes))
+def sandbox(name: str, **changes: Any) -> Sandbox:
+    return Sandbox({name: 1.0}, {}, **({"seconds": SECONDS, "memory": GB // 4} | changes))
 
 
 # -- what goes well ----------------------------------------------------------------------------------------
 
 
-def test_in_the_cage_as_outside(own: str) -> None:
+def test_in_the_sandbox_as_outside(own: str) -> None:
     functions = {"math": 1.0, "number": 0.5, "exact": -1.0, f"{own}:accidents": 0.1, f"{own}:escapes": 0.0}
     chat = [{"role": "user", "content": "6 * 7?"}]
     texts = ["42", r"\boxed{42}", "41", "\ud83d\ude00\udfff", "a\u202eb\x1b[31m\x00\r\n\u2028", ""]
@@ -110,14 +110,14 @@ def test_in_the_cage_as_outside(own: str) -> None:
         group([], answer="42", row=2),
         group(["7"], answer=None, level=(1, 2), when=date(2026, 1, 2), row=3),
     ]
-    with Cage(functions, {}, must_stop=True, seconds=20, memory=GB) as scorer:
+    with Sandbox(functions, {}, truncated_max_zero=True, seconds=20, memory=GB) as scorer:
         assert repr(scorer.score(groups)) == repr(
-            score(groups, load(functions, {}, must_stop=True))
+            score(groups, load(functions, {}, truncated_max_zero=True))
         )  # repr: NaN is NaN
 
 
 def test_a_group_is_scored_while_the_caller_goes_on(own: str) -> None:
-    with cage(f"{own}:slow", seconds=5) as scorer:
+    with sandbox(f"{own}:slow", seconds=5) as scorer:
         started = time.monotonic()
         tickets = [scorer.start(group([text] * 2, row=row)) for row, text in enumerate("ab")]
         assert time.monotonic() - started < 0.6 and not tickets[0].done()
@@ -150,7 +150,7 @@ def test_rows_of_every_reasoning_gym_task_cross_the_pipe_unchanged() -> None:
 
 def test_a_column_that_cannot_be_sent_is_named(own: str) -> None:
     with (
-        cage(f"{own}:slow") as scorer,
+        sandbox(f"{own}:slow") as scorer,
         pytest.raises(RewardError, match=r"data.jsonl:1: a column holds complex \(1\+2j\)"),
     ):
         scorer.score([group(["a"], odd=1 + 2j)])
@@ -168,7 +168,7 @@ def test_what_cannot_be_loaded_is_said_as_outside(name: str, options: dict, own:
     with pytest.raises(RewardError) as outside:
         load({name: 1.0}, {name: options})
     with pytest.raises(RewardError) as inside:
-        Cage({name: 1.0}, {name: options}, seconds=1, memory=GB)
+        Sandbox({name: 1.0}, {name: options}, seconds=1, memory=GB)
     assert str(inside.value) == str(outside.value)
 
 
@@ -176,14 +176,14 @@ def test_a_file_that_ends_the_process_when_imported(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text("import os; os._exit(4)")
     with pytest.raises(RewardError, match=r"rewards ended its process \(exit code 4\) while it loaded .*bad.py:f"):
-        cage(f"{file}:f")
+        sandbox(f"{file}:f")
 
 
 def test_a_missing_package_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reasoning_gym.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path)  # the worker looks where this process does
     with pytest.raises(MissingPackageError, match=r"pip install 'lite-trgrpo\[data\]'"):
-        cage("reasoning-gym")
+        sandbox("reasoning-gym")
 
 
 # -- accidents ---------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_missing_package_keeps_its_type(tmp_path: Path, monkeypatch: pytest.Mo
 def outcome(name: str, texts: list[str], **changes: Any) -> tuple[Group, list[str]]:
     """-> a scored group of these answers, and what a person was told."""
     told: list[str] = []
-    with cage(name, tell=told.append, **changes) as scorer:
+    with sandbox(name, tell=told.append, **changes) as scorer:
         (scored,) = scorer.score([group(texts)])
     return scored, told
 
@@ -211,7 +211,7 @@ ACCIDENTS = [
 def test_accidents_are_found_counted_and_told_once(own: str) -> None:
     """Each takes its own answer out of its group, and no other one."""
     told: list[str] = []
-    with cage(f"{own}:accidents", tell=told.append) as scorer:
+    with sandbox(f"{own}:accidents", tell=told.append) as scorer:
         scored = scorer.score([group(["fine", text, "good"], row=i) for i, (text, *_) in enumerate(ACCIDENTS)])
     for found, (_, kind, _) in zip(scored, ACCIDENTS, strict=True):
         assert found.rewards[0] == found.rewards[2] == 4.0 and math.isnan(found.rewards[1])
@@ -240,7 +240,7 @@ def test_a_stated_value_stands_where_there_is_none(own: str) -> None:
 def test_a_skipped_answer_has_no_total_from_the_other_functions(own: str) -> None:
     """The sum of the others would be a silent 0 for the one that failed; a function of weight 0 is only shown."""
     for weight, total in ((1.0, math.nan), (0.0, 0.5)):
-        with Cage({"exact": 0.5, f"{own}:accidents": weight}, {}, seconds=SECONDS, memory=GB) as scorer:
+        with Sandbox({"exact": 0.5, f"{own}:accidents": weight}, {}, seconds=SECONDS, memory=GB) as scorer:
             (scored,) = scorer.score([group(["raise"], answer="raise")])
         assert scored.rewards == pytest.approx((total,), nan_ok=True)
         assert scored.parts["exact"] == (1.0,) and failure_counts([scored])["reward_errors"] == 1
@@ -260,7 +260,7 @@ def test_a_group_that_fails_only_together_fails_together(own: str) -> None:
 @pytest.mark.slow
 def test_a_slow_function_has_time_for_each_answer(own: str) -> None:
     """Four answers take 1.2 s of 4 * 1: that is looked into after 1 s, once, and is no time-out."""
-    with cage(f"{own}:slow") as scorer:
+    with sandbox(f"{own}:slow") as scorer:
         scored = scorer.score([group(["a", "b", "c", "d"])]) + scorer.score([group(["a", "b", "c", "d"])])
     assert [(found.rewards, found.failures) for found in scored] == [((4.0,) * 4, {})] * 2
     assert Path(own).with_name("calls").read_text() == "4 1 1 1 1 4 4 "
@@ -284,7 +284,7 @@ def test_prints_lead_nowhere(own: str, capfd: pytest.CaptureFixture) -> None:
     ],
 )
 def test_what_is_no_reward_ends_the_run_whatever_the_policy(own: str, returned: str, message: str) -> None:
-    with cage(f"{own}:returns") as scorer, pytest.raises(RewardError) as caught:
+    with sandbox(f"{own}:returns") as scorer, pytest.raises(RewardError) as caught:
         scorer.score([group(["a", "b"], what=returned)])
     assert f"reward '{own}:returns' {message}" in str(caught.value)
 
@@ -311,7 +311,7 @@ def test_a_reward_function_sees_no_credential_and_no_card(own: str, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     for name, value in (SECRET | {"PLANTED": "seen"}).items():
         monkeypatch.setenv(name, value)
-    with Cage({f"{own}:sees": 1.0}, {}, seconds=5, memory=GB) as scorer:
+    with Sandbox({f"{own}:sees": 1.0}, {}, seconds=5, memory=GB) as scorer:
         (scored,) = scorer.score([group([*SECRET, "PLANTED"])])
     assert scored.rewards == (0.0,) * len(SECRET) + (1.0,)
     assert environment(os.environ)["CUDA_VISIBLE_DEVICES"] == ""
@@ -329,14 +329,14 @@ def wait_until(condition: Any, seconds: float = 20) -> bool:
 
 
 def test_what_a_function_started_ends_with_its_worker(own: str) -> None:
-    with cage(f"{own}:accidents", seconds=20) as scorer:
+    with sandbox(f"{own}:accidents", seconds=20) as scorer:
         (scored,) = scorer.score([group(["child", "thread"])])
         assert alive(int(scored.rewards[0]))
     assert wait_until(lambda: not alive(int(scored.rewards[0])))
 
 
 def test_closing_does_not_wait_for_a_hang(own: str) -> None:
-    scorer = cage(f"{own}:accidents", seconds=1000)
+    scorer = sandbox(f"{own}:accidents", seconds=1000)
     waiting = [scorer.start(group(["hang"])), scorer.start(group(["fine"]))]
     worker = psutil.Process(scorer._process._process.pid)
     started = time.monotonic()
@@ -349,8 +349,8 @@ def test_closing_does_not_wait_for_a_hang(own: str) -> None:
 def test_the_worker_dies_with_its_parent(own: str, text: str) -> None:
     """Also when the parent had no time to say so, and when the function lets no thread run (until its deadline)."""
     script = (
-        "import sys; from lite_trgrpo.rewards import Cage; from tests.test_rewards import group\n"
-        f"scorer = Cage({{'{own}:accidents': 1.0}}, {{}}, seconds=2, memory={GB})\n"
+        "import sys; from lite_trgrpo.rewards import Sandbox; from tests.test_rewards import group\n"
+        f"scorer = Sandbox({{'{own}:accidents': 1.0}}, {{}}, seconds=2, memory={GB})\n"
         f"ticket = scorer.start(group(['{text}']))\n"
         f"{'ticket.result()' if text == 'fine' else ''}\n"
         "print(scorer._process._process.pid, flush=True); input()"
@@ -365,13 +365,13 @@ def test_the_worker_dies_with_its_parent(own: str, text: str) -> None:
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_worker(own: str) -> None:
-    with cage(f"{own}:accidents") as scorer:
+    with sandbox(f"{own}:accidents") as scorer:
         assert os.getpgid(scorer._process._process.pid) != os.getpgid(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system keeps a process to it")
 def test_it_says_whether_memory_is_limited(own: str) -> None:
-    with cage(f"{own}:accidents") as scorer:
+    with sandbox(f"{own}:accidents") as scorer:
         assert scorer.memory_limited
 
 
@@ -420,7 +420,7 @@ def test_a_thousand_hostile_answers(name: str) -> None:
         for start in range(0, len(texts), 8)
     ]
     options = {"overlong": {"max_tokens": 100, "buffer": 50}}
-    with Cage(
+    with Sandbox(
         {name: 1.0}, {key: value for key, value in options.items() if key == name}, seconds=5, memory=GB
     ) as scorer:
         scored = scorer.score(groups)
