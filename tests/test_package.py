@@ -78,6 +78,7 @@ def test_the_wheel_holds_the_presets_as_they_are(wheel):
 def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel):
     names = set(contents(wheel))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lite_trgrpo").rglob("*.py")}
+    modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "lite_trgrpo").rglob("*.j2")}
     modules.add("lite_trgrpo/report/style.css")
     presets = {f"lite_trgrpo/{name}" for name in PRESETS}
     about = {name for name in names if name.startswith(f"{NAME}.dist-info/")}

@@ -90,7 +90,8 @@ def test_the_page_of_a_run_holds_its_scores_curves_answers_and_settings(run):
     assert f"{after['gain']['value']:+.3f}" in page.under("b")
     figures = {value for name, value in page.attributes if name == "aria-label"}
     assert figures == {
-        "Reward", "Solved", "Length", "Cut off, and with signal", "Entropy", "KL", "Gradient norm", "Mean token weight"
+        "Reward", "Solved", "Length", "Truncated, and with signal", "Entropy", "KL", "Gradient norm",
+        "Mean token weight",
     }  # fmt: skip
     assert page.tags.count("svg") == len(figures)
     assert "train.learning_rate" in page.text and "Every guard was ok." in page.text
@@ -154,7 +155,7 @@ def test_several_runs_share_their_figures_and_only_differing_options_are_listed(
 def test_more_runs_than_colours_are_all_drawn():
     """They were kept by colour, so the ninth took the place of the first."""
     drawn = chart("Reward", "", [Curve(f"run {i}", [1, 2], [0.0, i]) for i in range(9)])
-    assert drawn.count("<li>") == 9 and drawn.count("var(--c1)") == 2 * drawn.count("var(--c2)") > 0
+    assert len(drawn.legend) == 9 and drawn.svg.count("var(--c1)") == 2 * drawn.svg.count("var(--c2)") > 0
 
 
 @pytest.mark.parametrize(

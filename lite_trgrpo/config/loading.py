@@ -161,13 +161,13 @@ def load(
     """Resolve a run's options. `named` holds dotted names from command-line flags; None means not given."""
     merged: Settings = {}
     if preset is not None:
-        _lay_over(merged, preset_path(preset))
+        lay_over(merged, preset_path(preset))
     if file is not None:
-        _lay_over(merged, file)
+        lay_over(merged, file)
     if objective is not None:
         # a recipe adds its reward to those there are instead of replacing them
         given = merged.get("rewards", {}).get("functions", Rewards().functions)
-        _lay_over(merged, objective_path(objective))
+        lay_over(merged, objective_path(objective))
         added = merged.get("rewards", {}).get("functions", {})
         merged.setdefault("rewards", {})["functions"] = given | added if isinstance(given, dict) else given
     for section, key, value in map(parse_override, overrides):
@@ -213,7 +213,8 @@ def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) ->
     return after, list(changed.values())
 
 
-def _lay_over(merged: Settings, path: Path) -> None:
+def lay_over(merged: Settings, path: Path) -> None:
+    """Put the options of a file over those in `merged`, each under the name that it has today."""
     for section, values in read_toml(path).items():
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")

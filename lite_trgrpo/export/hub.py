@@ -4,7 +4,6 @@ Login and token are the Hub client's: nothing here reads, keeps or shows them.
 """
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Say = Callable[[str], None]
-TRIES = 3  # what has arrived is not sent again
 OURS = ["*.safetensors", "*.gguf", "merged/*", "Modelfile", "curve.png"]  # of an earlier export, if it is gone now
 
 
@@ -47,7 +45,7 @@ def deliver(
     (folder / "README.md").write_text(text, encoding="utf-8")
     say(f"exported into {folder}")
     if api is not None and repo is not None:
-        _push(api, folder, repo, private, say)
+        _push(api, folder, repo, private)
         say(f"pushed to {api.endpoint}/{repo}")
     return report
 
@@ -127,27 +125,22 @@ def _is_ours(api: "HfApi", repo: str, private: bool) -> bool:
     return True
 
 
-def _push(api: "HfApi", folder: Path, repo: str, private: bool, say: Say) -> None:
+def _push(api: "HfApi", folder: Path, repo: str, private: bool) -> None:
     """The folder into the repository, made if it is not there, as one commit. Raises HubError."""
-    for attempt in range(1, TRIES + 1):
-        try:
-            if not _is_ours(api, repo, private):
-                api.create_repo(repo, private=private or None, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo, folder_path=folder, delete_patterns=OURS, commit_message="Export of lite-trgrpo"
-            )
-            return
-        except HubError:
-            raise
-        except Exception as error:
-            _known(error, repo)
-            if attempt == TRIES:
-                raise HubError(
-                    f"{repo} could not be pushed: {_said(error)}. Check the connection and run this again: the export "
-                    "is kept, and what has arrived is not sent again"
-                ) from None
-            say(f"the connection was lost ({_said(error)}); try {attempt + 1} of {TRIES}")
-            time.sleep(attempt)
+    try:
+        if not _is_ours(api, repo, private):
+            api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, delete_patterns=OURS, commit_message="Export of lite-trgrpo"
+        )
+    except HubError:
+        raise
+    except Exception as error:
+        _known(error, repo)
+        raise HubError(
+            f"{repo} could not be pushed: {_said(error)}. Check the connection and run this again: the export is kept, "
+            "and what has arrived is not sent again"
+        ) from None
 
 
 def _known(error: Exception, repo: str) -> None:

@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo.report.html import Html, tag
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 COLOURS = 8  # of the style sheet: c1 ... c8
 # Stand-ins that matplotlib draws with; the page sees what comes after the arrow.
@@ -30,23 +31,29 @@ class Curve:
         return next((value for value in reversed(self.values) if value is not None), None)
 
 
-def chart(title: str, hint: str, curves: Sequence[Curve], *, share: bool = False) -> Html:
-    """A figure with its legend; nothing where nothing was measured. `share`: the scale is 0 to 1."""
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing with its legend."""
+
+    title: str
+    hint: str
+    svg: "Markup"
+    legend: Sequence[tuple[int, str, str]]
+    """Colour in the style sheet, name and last value of each curve."""
+
+
+def chart(title: str, hint: str, curves: Sequence[Curve], *, share: bool = False) -> Figure | None:
+    """A figure of the curves; None where nothing was measured. `share`: the scale is 0 to 1."""
     places = [(i % COLOURS + 1, curve) for i, curve in enumerate(curves) if curve.last is not None]
     if not places:
-        return Html()
-    keys = [
-        tag("li", tag("i", class_=f"c{place}"), curve.name, " ", tag("b", f"{curve.last:.3g}"))
-        for place, curve in places
-    ]
-    return tag(
-        "figure", tag("h3", title), tag("p", hint), _svg(title, places, share), tag("ul", *keys, class_="legend")
-    )
+        return None
+    legend = [(place, curve.name, f"{curve.last:.3g}") for place, curve in places]
+    return Figure(title, hint, _svg(title, places, share), legend)
 
 
-def _svg(title: str, curves: Sequence[tuple[int, Curve]], share: bool) -> Html:
+def _svg(title: str, curves: Sequence[tuple[int, Curve]], share: bool) -> "Markup":
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib import figure as drawing
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "text.color": INK, "xtick.color": INK,
@@ -55,7 +62,7 @@ def _svg(title: str, curves: Sequence[tuple[int, Curve]], share: bool) -> Html:
         "path.simplify_threshold": 0.3,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE)
+        figure = drawing.Figure(figsize=SIZE)
         axes = figure.add_axes((0.115, 0.12, 0.87, 0.84))
         for place, curve in curves:
             _draw(axes, curve, f"#0000{0xC0 + place:02x}")
@@ -66,7 +73,7 @@ def _svg(title: str, curves: Sequence[tuple[int, Curve]], share: bool) -> Html:
         drawn = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    return _for_page(drawn.getvalue(), title)
+    return _for_page(drawn.getvalue())
 
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:
@@ -94,9 +101,11 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _for_page(drawn: str, title: str) -> Html:
-    """Without what a file needs and a page does not; stand-ins replaced by the page's colours."""
+def _for_page(drawn: str) -> "Markup":
+    """Drop what a file needs and a page does not; replace the stand-ins by the page's colours."""
+    from markupsafe import Markup
+
     body = re.sub(r' id="[\w.]+_\d+"| xmlns(:xlink)?="[^"]*"|<metadata>.*?</metadata>', "", drawn, flags=re.DOTALL)
     body = re.sub(r"#0000c(\d)", r"var(--c\1)", body).replace(INK, "currentColor").replace(LINE, "var(--line)")
     body = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", body[body.index("<svg") :])
-    return tag("div", Html(body), class_="chart", role="img", aria_label=title)
+    return Markup(body)

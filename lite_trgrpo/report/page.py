@@ -1,18 +1,25 @@
-"""The page of one run: what it is, its held-out score, its curves."""
+"""The pages as HTML: Jinja2 templates beside this file, filled with what summary.py and charts.py make of a run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lite_trgrpo.report import account, answers
-from lite_trgrpo.report.charts import Curve, chart
-from lite_trgrpo.report.html import Html, document, pairs, table, tag
+from lite_trgrpo.report import reading, summary
+from lite_trgrpo.report.charts import COLOURS, Curve, Figure, chart
 from lite_trgrpo.report.reading import Answer, Line, Story
+from lite_trgrpo.text import plain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 # title, hint, metrics by the name that the legend gives them, whether they are shares
 CURVES: tuple[tuple[str, str, Mapping[str, str], bool], ...] = (
     ("Length", "Tokens of an answer. A steady rise to the cap without reward is hacking.",
      {"mean length": "length_mean", "longest answer": "length_max"}, False),
-    ("Cut off, and with signal", "Answers cut off by the cap; prompts whose answers differ in reward: others teach "
-     "nothing.", {"answers cut off": "truncated", "prompts with signal": "groups_with_signal"}, True),
+    ("Truncated, and with signal", "Answers cut off by the cap; prompts whose answers differ in reward: others teach "
+     "nothing.", {"truncated answers": "truncated", "prompts with signal": "groups_with_signal"}, True),
     ("Entropy", "How much answers vary (nats a token). Near 0 there is nothing left to learn from.",
      {"all sampled tokens": "entropy_sampled", "tokens in the update": "entropy"}, False),
     ("KL", "How far an update moved the policy, and where measured how far it is from its base (nats a token)."
@@ -25,116 +32,119 @@ CURVES: tuple[tuple[str, str, Mapping[str, str], bool], ...] = (
 
 
 def of_run(story: Story, answer: Answer | None) -> str:
-    sections = [_head(story), *_scores(story), _curves(story), *answers.pairs_of(story)]
-    if answer is not None:
-        sections.append(answers.tokens(answer))
-    return document(story.name, [*sections, account.events(story), account.cost(story), account.settings(story)])
+    """The page of one run."""
+    return _rendered("run.html.j2", figures=_figures(story), **summary.of_run(story, answer))
 
 
-# -- the head and the score ---------------------------------------------------------------------------------
-
-
-def _head(story: Story) -> Html:
-    settings, prompts = story.settings, story.facts.get("prompts", {})
-    rewards = ", ".join(f"{name} x {weight:g}" for name, weight in settings["rewards"]["functions"].items())
-    steps, planned = len(story.metrics), settings["train"]["steps"]
-    facts = {
-        "base": story.facts.get("base", settings["model"]["name"]),
-        "data": f"{settings['data']['source']} ({prompts.get('training', '?')} prompts)",
-        "reward": rewards,
-        "a step": f"{settings['train']['prompts_per_step']} prompts x {settings['rollout']['group_size']} answers",
-        "steps": f"{steps}" if steps == planned else f"{steps} of {planned}",
-        "last step": f"{story.written:%Y-%m-%d %H:%M}",
-    }
-    return tag("header", tag("h1", story.name), pairs(facts))
-
-
-def _scores(story: Story) -> Iterator[Html]:
-    if not story.evaluations:
-        yield tag("section", tag("h2", "Held-out score"), tag("p", "None yet, or no rows are held out."))
-        return
-    scored = [story.evaluations[0], *story.evaluations[1:][-1:]]  # before and, once there is one, after
-    last = scored[-1]
-    tiles = [_tile(name, [line[name] for line in scored]) for name in score_names(last) if name in scored[0]]
-    named = {"gain in pass@1": "gain", "gain in pass@k": "gain_k"}
-    tiles += [_gain(name, last[key]) for name, key in named.items() if key in last]
-    when = f"before training and after step {last['step']}" if len(scored) > 1 else "before training"
-    others = [
-        ("greedy answers cut off", *(f"{line['truncated']:.1%}" for line in scored)),
-        ("their mean length (tokens)", *(f"{line['length_mean']:.1f}" for line in scored)),
-    ]
-    note = (
-        f"{len(last['rows'])} held-out prompts, with 95 % intervals, {when}. pass@1 is the greedy answer's; "
-        "pass@k asks whether one of k sampled answers is right."
+def of_runs(stories: Sequence[Story]) -> str:
+    """One page for several runs: curves in the same figures, scores and differing options in tables."""
+    names = distinct([story.folder for story in stories])
+    options = [reading.flat(story.settings) for story in stories]
+    differing = [key for key in options[0] if any(one.get(key) != options[0][key] for one in options)]
+    return _rendered(
+        "several.html.j2",
+        title=f"{len(stories)} runs",
+        keys=[(i % COLOURS + 1, name) for i, name in enumerate(names)],
+        scores=[(name, _score_cells(story)) for name, story in zip(names, stories, strict=True)],
+        figures=_common_figures(names, stories),
+        settings=[(key, [reading.toml(one.get(key)) for one in options]) for key in differing],
     )
-    yield tag(
-        "section", tag("h2", "Held-out score"), tag("p", note), tag("div", *tiles, class_="tiles"),
-        table(("", "before", "after")[: 1 + len(scored)], others),
-    )  # fmt: skip
 
 
-def score_names(evaluation: Line) -> list[str]:
-    """`pass@1` and, where samples were drawn, `pass@k`."""
-    return [name for name, value in evaluation.items() if name.startswith("pass@") and isinstance(value, Mapping)]
+def _rendered(template: str, **variables: Any) -> str:
+    return _environment().get_template(template).render(variables) + "\n"
 
 
-def estimate(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['value']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+@functools.cache
+def _environment() -> "Environment":
+    """Whatever is not Markup of our own goes in as text: unprintable characters visible, tags escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(str(value)),
+    )
+    environment.globals["style"] = Markup((here / "style.css").read_text(encoding="utf-8"))
+    return environment
 
 
-def _tile(name: str, values: Sequence[Mapping[str, float]]) -> Html:
-    """Before and after, each with its interval on a bar from 0 to 1."""
-    bars = [
-        tag("div", tag("i", style=f"left:{100 * one['low']:.1f}%;width:{100 * (one['high'] - one['low']):.1f}%"),
-            tag("b", style=f"left:{100 * one['value']:.1f}%"), class_=f"bar {when}")
-        for when, one in zip(("before", "after"), values, strict=False)
-    ]  # fmt: skip
-    *earlier, last = (f"{one['value']:.3f}" for one in values)
-    large = tag("p", *(tag("span", f"{value} → ") for value in earlier), tag("b", last), class_="large")
-    ranges = " → ".join(f"[{one['low']:.3f}, {one['high']:.3f}]" for one in values)
-    return tag("div", tag("h3", name), large, tag("p", ranges), *bars, class_="tile")
+def distinct(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or the whole of them where a name is there twice."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
-def _gain(name: str, gain: Mapping[str, float]) -> Html:
-    if gain["low"] > 0:
-        verdict, colour = "better: the interval is above 0", "good"
-    elif gain["high"] < 0:
-        verdict, colour = "worse: the interval is below 0", "bad"
-    else:
-        verdict, colour = "no certain difference: the interval holds 0", ""
-    large = tag("p", tag("b", f"{gain['value']:+.3f}"), class_=f"large {colour}")
-    ranges = tag("p", f"[{gain['low']:+.3f}, {gain['high']:+.3f}], prompt by prompt")
-    return tag("div", tag("h3", name), large, ranges, tag("p", verdict), class_="tile")
+def _score_cells(story: Story) -> list[str]:
+    scored = story.evaluations
+    before, after = (summary.estimate(scored[i]["pass@1"]) if scored else "-" for i in (0, -1))
+    gain = summary.estimate(scored[-1]["gain"], "+") if scored and "gain" in scored[-1] else "-"
+    time = summary.duration(sum(summary.seconds(story).values()))
+    return [str(len(story.metrics)), before, after, gain, time]
 
 
 # -- curves -------------------------------------------------------------------------------------------------
 
 
-def _curves(story: Story) -> Html:
+def _figures(story: Story) -> list[Figure]:
     if not story.metrics:
-        return Html()
+        return []
     parts = [name for name in story.metrics[-1] if name.startswith("reward/")]
     shown = {"reward": "reward_mean"} | ({name[7:]: name for name in parts} if len(parts) > 1 else {})
+    training = _curves(story.metrics, {"training": "solved"})
     figures = [
-        chart("Reward", "Mean of a step's answers, and of each reward function.", curves(story.metrics, shown)),
-        chart("Solved", "Held-out scores with their intervals; the share of training answers solved.",
-              [*scores(story.evaluations), *curves(story.metrics, {"training": "solved"})], share=True),
-        *(chart(title, hint, curves(story.metrics, names), share=share) for title, hint, names, share in CURVES),
-    ]  # fmt: skip
-    note = "Thin: each step. Thick: running mean. The number is the last step's."
-    return tag("section", tag("h2", "Curves"), tag("p", note), tag("div", *figures, class_="charts"))
+        chart("Reward", "Mean of a step's answers, and of each reward function.", _curves(story.metrics, shown)),
+        chart(
+            "Solved",
+            "Held-out scores with their intervals; the share of training answers solved.",
+            [*_score_curves(story.evaluations), *training],
+            share=True,
+        ),
+        *(chart(title, hint, _curves(story.metrics, names), share=share) for title, hint, names, share in CURVES),
+    ]
+    return [figure for figure in figures if figure is not None]
 
 
-def curves(metrics: Sequence[Line], names: Mapping[str, str]) -> list[Curve]:
+def _common_figures(names: Sequence[str], stories: Sequence[Story]) -> list[Figure]:
+    """A figure for each metric, a line for each run."""
+
+    def all_of(metric: str) -> list[Curve]:
+        return [_curves(story.metrics, {name: metric})[0] for name, story in zip(names, stories, strict=True)]
+
+    heldout = []
+    for name, story in zip(names, stories, strict=True):
+        found = _score_curves(story.evaluations)
+        heldout.append(replace(found[0], name=name) if found else Curve(name, (), ()))
+    figures = [
+        chart("Held-out pass@1", "With 95 % intervals.", heldout, share=True),
+        chart("Reward", "Mean of a step's answers.", all_of("reward_mean")),
+        chart("Solved", "Share of training answers.", all_of("solved"), share=True),
+        *(
+            chart(f"{title}: {label}" if len(metrics) > 1 else title, hint, all_of(metric), share=share)
+            for title, hint, metrics, share in CURVES
+            for label, metric in metrics.items()
+        ),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _curves(metrics: Sequence[Line], names: Mapping[str, str]) -> list[Curve]:
     steps = [line["step"] for line in metrics]
     return [Curve(label, steps, [line.get(name) for line in metrics]) for label, name in names.items()]
 
 
-def scores(evaluations: Sequence[Line]) -> list[Curve]:
+def _score_curves(evaluations: Sequence[Line]) -> list[Curve]:
     """One curve of points for each score."""
     steps = [line["step"] for line in evaluations]
     return [
-        Curve(name, steps, [line[name]["value"] for line in evaluations],
-              [(line[name]["low"], line[name]["high"]) for line in evaluations])
-        for name in (score_names(evaluations[-1]) if evaluations else ())
-    ]  # fmt: skip
+        Curve(
+            name,
+            steps,
+            [line[name]["value"] for line in evaluations],
+            [(line[name]["low"], line[name]["high"]) for line in evaluations],
+        )
+        for name in (summary.score_names(evaluations[-1]) if evaluations else ())
+    ]

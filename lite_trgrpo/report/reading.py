@@ -42,7 +42,8 @@ class Story:
 
 
 def read(run: Run) -> Story:
-    raw = loading.read_toml(run.folder / "config.toml")
+    raw: Settings = {}
+    loading.lay_over(raw, run.folder / "config.toml")
     settings = {name: _defaults(section) | raw.get(name, {}) for name, section in SECTIONS.items()}
     logs = [path for path in (run.folder / "metrics.jsonl", run.folder / "config.toml") if path.exists()]
     written = datetime.fromtimestamp(logs[0].stat().st_mtime)
@@ -50,10 +51,8 @@ def read(run: Run) -> Story:
 
 
 def _defaults(section: type[Section]) -> dict[str, Any]:
-    return {
-        name: None if field.is_required() else field.get_default(call_default_factory=True)
-        for name, field in section.model_fields.items()
-    }
+    found = {name: None if field.is_required() else field.default for name, field in section.model_fields.items()}
+    return {name: value.model_dump() if isinstance(value, Section) else value for name, value in found.items()}
 
 
 # -- settings -----------------------------------------------------------------------------------------------
