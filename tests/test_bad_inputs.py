@@ -1,5 +1,5 @@
-"""More than a hundred bad inputs through the command line: each ends with a line that names the thing, no traceback,
-and leaves nothing that would block the next start."""
+"""Bad inputs through the command line: each ends with a message that names the thing, without a traceback, and leaves
+nothing that would block the next start."""
 
 import json
 import shutil
@@ -134,10 +134,10 @@ OPTIONS = [
     ("rewards.options={ math = {} }", "math"),
     ("rewards.options={ exact = { strict = true } }", "strict"),
     ("rewards.solved_at=full", "rewards.solved_at"),
-    ("nonsense", "section.key=value"),
-    ("=3", "section.key=value"),
-    ("train=3", "section.key=value"),
-    ("train.=3", "section.key=value"),
+    ("nonsense", "--set 'nonsense'"),
+    ("=3", "--set '=3'"),
+    ("train=3", "--set 'train=3'"),
+    ("train.=3", "--set 'train.=3'"),
     ("trian.steps=3", "train"),
 ]
 
@@ -247,13 +247,13 @@ def test_config_files(what, tmp_path, monkeypatch):
         (["train", "--preset", "../demo"], "demo"),
         (["train", "--preset", "demo", "--objective", "gpro"], "grpo"),
         (["train", "--config", "none.toml"], "none.toml"),
-        (["train", "--config", "."], "cannot read config"),
+        (["train", "--config", str(Path(__file__).parent)], str(Path(__file__).parent)),
         (["train", "demo"], "--preset demo"),
         (["train", "--resume", "none"], "none"),
-        (["train", "--resume"], "no unfinished run"),
+        (["train", "--resume"], "runs"),
         (["train", "--preset", "demo", "--max-hours", "-1"], "--max-hours"),
         (["train", "--preset", "demo", "--max-hours", "nan"], "--max-hours"),
-        (["train", "--preset", "demo", "--stop-at", "7pm"], "07:00"),
+        (["train", "--preset", "demo", "--stop-at", "7pm"], "--stop-at"),
         (["train", "--preset", "demo", "--stop-at", ""], "--stop-at"),
         (["train", "--preset", "demo", "--steps", "x"], "--steps"),
         (["train", "--preset", "demo", "--seed", "1.5"], "--seed"),
@@ -302,14 +302,21 @@ def test_reward_files(what, tmp_path, monkeypatch):
     # an exception is no mistake of this kind: rewards.on_failure says what becomes of it
     ["[1.0]", "['1'] * len(completions)", "[float('nan')] * len(completions)", "7", "None", "'text'", "{}"],
 )
-def test_what_a_reward_function_does_wrong(body, model, tmp_path, monkeypatch):
-    """The preflight finds it before the model is loaded. Without one it is called only when there are answers; the run
-    folder is there by then, and the run can be resumed once it is mended."""
+def test_what_a_reward_function_does_wrong(body, tmp_path, monkeypatch):
+    """The preflight finds it before the model is loaded."""
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(GOOD)
     Path("own.py").write_text(f"def reward(completions, **_):\n    return {body}\n")
     setting = "rewards.functions={ 'own.py:reward' = 1 }"
     refused(["train", "-o", "run", *settings("x/y", "data.jsonl", setting)], "own.py:reward", Path("run"))
+
+
+def test_a_wrong_reward_can_be_fixed_and_the_run_resumed(model, tmp_path, monkeypatch):
+    """Without the preflight the function is called only when there are answers, and by then the run folder is there."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text(GOOD)
+    Path("own.py").write_text("def reward(completions, **_):\n    return [1.0]\n")
+    setting = "rewards.functions={ 'own.py:reward' = 1 }"
     later = settings(model, "data.jsonl", setting, "train.preflight=false")
     refused(["train", "-o", "run", "--steps", 1, *later], "own.py:reward")
     Path("own.py").write_text(REWARD)
@@ -398,8 +405,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("what", ADAPTERS)
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize(("what", "command"), [*((what, "train") for what in ADAPTERS), ("no weights", "eval")])
 def test_adapters(what, command, model, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(GOOD)
@@ -440,7 +446,7 @@ def test_data_that_has_changed_since_the_run_began(adapter, tmp_path):
     shutil.copytree(adapter, run)
     try:
         data.write_text(GOOD.replace('"3"', '"5"'))
-        refused(["train", "--resume", run, "--steps", 2], "the rows are no longer those")
+        refused(["train", "--resume", run, "--steps", 2], str(run))
     finally:
         data.write_text(GOOD)
     assert CliRunner().invoke(app, ["train", "--resume", str(run), "--steps", "2"]).exit_code == 0
@@ -450,7 +456,3 @@ def test_a_missing_package(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     refused(["train", "-o", "run", *settings(model, "reasoning-gym:gcd")], "pip install", Path("run"))
-
-
-def test_the_tables_hold_more_than_a_hundred():
-    assert sum(map(len, (OPTIONS, DATA, CONFIGS, REWARDS, MODELS, ADAPTERS))) > 100

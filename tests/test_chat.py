@@ -1,5 +1,6 @@
 """Talking to a model: text appears as soon as it is certain, base and adapter side by side, answers scored."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -114,16 +115,13 @@ def test_base_and_adapter_answer_as_they_do_alone_turn_after_turn(chat):
 def test_a_gold_answer_scores_the_last_answer(chat):
     """The tiny config's reward is the sum of the ids modulo 3, solved from 1 on."""
     result = chat("/gold 4\n2 + 2\n/gold 4\n\n")
-    assert result.stderr.count("ask something first, then type /gold and the right answer") == 1
-    scored = [one for one in result.stdout.splitlines() if one.startswith(("reward", "> reward"))]
-    assert len(scored) == 1
-    value = float(scored[0].removeprefix("> ").split()[1])
-    assert value in (0, 1, 2) and scored[0].endswith(": solved" if value >= 1 else ": not solved")
+    assert sum("/gold 42" in line for line in result.stderr.splitlines()) == 1  # the first came before any question
+    [scored] = [one for one in result.stdout.splitlines() if "reward" in one]
+    assert float(re.findall(r"\d+(?:\.\d+)?", scored)[0]) in (0, 1, 2)
 
 
-def test_new_begins_another_conversation_and_what_is_no_command_is_no_question(chat):
-    first, again = chat("2 + 2\n\n"), chat("what?\n/new\n/quit\n2 + 2\n\n")
-    assert "an empty line ends" in first.stderr
+def test_new_begins_another_conversation(chat):
+    again = chat("what?\n/new\n/quit\n2 + 2\n\n")
     answers = [turn for turn in again.stdout.split("> ") if turn.strip()]
     assert len(answers) == 2
     with_history = chat("what?\n2 + 2\n\n").stdout.split("> ")
@@ -131,11 +129,10 @@ def test_new_begins_another_conversation_and_what_is_no_command_is_no_question(c
 
 
 def test_gold_without_an_answer_asks_for_one(chat):
-    said = chat("2 + 2\n/gold\n\n").stderr.splitlines()
-    assert "type /gold and the right answer, e.g. /gold 42" in said
+    assert "/gold 42" in chat("2 + 2\n/gold\n\n").stderr
 
 
-def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(capsys, tmp_path):
+def test_an_own_reward_finds_the_gold_answer_in_its_column(capsys, tmp_path):
     from lite_trgrpo import build
     from lite_trgrpo.config.loading import load
     from lite_trgrpo.records import Example, Group
@@ -150,11 +147,10 @@ def test_a_reward_of_ones_own_finds_the_gold_answer_in_the_datas_own_column(caps
     last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
     with build.scoring_of(config) as scorer:
         chat._score(scorer, config, "adapter", last, "17")
-    assert capsys.readouterr().out.endswith(": solved\n")
+    assert re.search(r":same 1\b", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("gold", "verdict"), [("17", "solved"), ("18", "not solved")])
-def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
+def test_the_presets_reward_sees_the_gold_answer(capsys):
     from lite_trgrpo import build
     from lite_trgrpo.config.loading import load
     from lite_trgrpo.records import Example, Group
@@ -162,6 +158,12 @@ def test_the_presets_reward_sees_the_gold_answer(capsys, gold, verdict):
 
     answer = Completion((5,), (True,), (0.0,), "9 + 8 = 17", True)
     last = Group(Example("9 + 8?", {}, "chat"), Prompt((1,), ""), (answer,))
+    said = []
     with build.scoring_of(load("demo")) as scorer:
-        chat._score(scorer, load("demo"), "adapter", last, gold)
-    assert capsys.readouterr().out == f"adapter: reward {int(gold == '17')} (number {int(gold == '17')}): {verdict}\n"
+        for gold in ("17", "18"):
+            chat._score(scorer, load("demo"), "adapter", last, gold)
+            said.append(capsys.readouterr().out)
+    assert all(line.startswith("adapter") for line in said)
+    assert "number 1" in said[0] and "number 0" in said[1]
+    solved, unsolved = (re.sub(r"\d", "", line) for line in said)
+    assert solved != unsolved, "the verdict stands beside the numbers"

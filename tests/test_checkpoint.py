@@ -208,7 +208,7 @@ def test_leftovers_of_a_killed_save_are_ignored(saved, leftover):
     assert checkpoint.newest(folder) == folder / "step-000004"
 
 
-def test_a_save_that_is_interrupted_leaves_the_ones_before_and_nothing_else(saved, monkeypatch):
+def test_an_interrupted_save_leaves_only_the_ones_before(saved, monkeypatch):
     folder, trainable, optimizer = saved
 
     def interrupted(path):
@@ -237,7 +237,7 @@ def test_a_save_that_is_interrupted_leaves_the_ones_before_and_nothing_else(save
 def test_another_adapter_is_refused_and_left_as_it_was(saved, other):
     folder, _, _ = saved
     before = {name: parameter.detach().clone() for name, parameter in other.items()}
-    with pytest.raises(RunError, match=r"step-000002 belongs to another adapter: .* model\.lora_\* settings"):
+    with pytest.raises(RunError, match=r"step-000002.*model\.lora_"):
         checkpoint.load(checkpoint.newest(folder), other, adamw(other))
     assert all(torch.equal(parameter, before[name]) for name, parameter in other.items())
 
@@ -257,7 +257,7 @@ def test_the_state_of_another_optimizer_is_refused(saved):
 def test_a_folder_that_cannot_be_made_is_a_run_error(tmp_path, folder):
     (tmp_path / "file").write_text("in the way")
     trainable = parameters()
-    with pytest.raises(RunError, match="cannot write a checkpoint into"):
+    with pytest.raises(RunError, match=str(tmp_path / folder)):
         checkpoint.save(tmp_path / folder, 1, trainable, adamw(trainable), {})
 
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_a_run_error_and_leaves_the_ones_before(saved):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(RunError, match="the ones before are intact"):
+        with pytest.raises(RunError, match=str(folder)):
             checkpoint.save(folder, 3, trainable, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

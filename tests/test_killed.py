@@ -53,7 +53,7 @@ def test_a_toy_killed_everywhere_ends_as_if_it_had_not_been(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.night
-def test_a_model_of_two_layers_killed_a_hundred_times_ends_as_if_it_had_not_been(tiny_config, tmp_path):
+def test_a_run_killed_a_hundred_times_ends_like_one_that_was_not(tiny_config, tmp_path):
     settings = {"steps = 2": "steps = 8\ncheckpoint_every = 2\nkeep_checkpoints = 2", "[eval]": "[eval]\nevery = 4"}
     text = tiny_config.read_text()
     for old, new in settings.items():

@@ -99,9 +99,7 @@ def puzzles() -> list[dict]:
     return [rows[i] for i in range(40)]
 
 
-def test_reasoning_gym_puzzles_have_full_marks_for_gold_and_less_for_one_swapped_role(
-    puzzles: list[dict],
-) -> None:
+def test_gold_has_full_marks_and_one_swapped_role_has_less(puzzles: list[dict]) -> None:
     other = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
     wordings = set()
     for row in puzzles:

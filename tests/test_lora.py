@@ -51,7 +51,7 @@ def test_adapter_can_be_turned_off():
     assert not torch.allclose(off, model(input_ids=IDS).logits)
 
 
-def test_beside_a_bf16_base_gradients_are_fp32_and_as_near_to_the_exact_ones_as_those_of_peft():
+def test_bf16_base_gradients_are_fp32_and_as_exact_as_those_of_peft():
     _, exact = result(adapted("qwen2", ours=False))
 
     def error(who):

@@ -17,5 +17,5 @@ def test_it_has_every_option_and_its_default():
     text = (DOCS / "options.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == sum(len(section.model_fields) for section in SECTIONS.values()) - 1 + len(Weight.model_fields)
-    assert "| `preflight` | true, false | `true` | " in text
-    assert "| `functions` | table | `{ exact = 1.0 }` | " in text
+    assert any("`preflight`" in row and "`true`" in row for row in rows)
+    assert any("`functions`" in row and "`{ exact = 1.0 }`" in row for row in rows)

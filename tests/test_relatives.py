@@ -259,26 +259,26 @@ def plain_loss(**options):
 @pytest.mark.parametrize("region", ["sequence", "cispo", "sapo", "dppo", "penalty"])
 def test_the_ratio_placement_is_refused_with_another_trust_region(region):
     wrong = {"placement": "ratio", "trust_region": region}
-    with pytest.raises(ConfigError, match="set placement = surrogate"):
+    with pytest.raises(ConfigError, match="placement = surrogate"):
         loading.load("demo", overrides=[f"objective.{key}={value}" for key, value in wrong.items()])
-    with pytest.raises(ValueError, match="placement 'ratio' is Eq"):
+    with pytest.raises(ValueError, match=rf"'ratio'.*{region}"):
         plain_loss(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"trust_region": "ppo"}, {"placement": "inside"}, {"kl": "k4", "beta": 0.1}])
 def test_unknown_names_are_refused(wrong):
-    with pytest.raises(ValueError, match="is not one of"):
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
         plain_loss(**wrong)
     with pytest.raises(ConfigError):
         loading.load("demo", named={f"objective.{key}": value for key, value in wrong.items()})
 
 
 def test_what_is_missing_or_unknown_is_refused():
-    with pytest.raises(ConfigError, match="Did you mean 'gspo'"):
+    with pytest.raises(ConfigError, match="'gspo'"):
         loading.load("demo", objective="gsp")
-    with pytest.raises(ValueError, match="is not one of"):
+    with pytest.raises(ValueError, match="raft"):
         group_advantages(torch.zeros(1, 2), estimator="raft")
-    with pytest.raises(ValueError, match="needs ref_logprobs"):
+    with pytest.raises(ValueError, match="ref_logprobs"):
         plain_loss(beta=0.1, ref_logprobs=None)
 
 

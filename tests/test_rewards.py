@@ -296,21 +296,21 @@ def test_is_harmless(task: str, answer: str, harmless: bool) -> None:
     assert gym.is_harmless(task, answer) is harmless
 
 
-def test_a_scorer_that_raises_gives_the_answer_0_but_a_broken_row_is_an_error() -> None:
+def test_a_raising_scorer_gives_0_and_a_broken_row_is_an_error() -> None:
     reasoning_gym = pytest.importorskip("reasoning_gym")
     row = reasoning_gym.create_dataset("prime_factorization", size=1, seed=1)[0]
     assert built_in("reasoning-gym", "zzz", row["answer"], row["metadata"]) == 0.0  # int("zzz")
-    with pytest.raises(RewardError, match="raised"):
+    with pytest.raises(RewardError, match=r"reasoning-gym.*KeyError"):
         built_in("reasoning-gym", "2", "2", {"source_dataset": "tower_of_hanoi"})  # no num_disks
 
 
 @pytest.mark.parametrize(
-    ("metadata", "message"),
-    [(None, "names no task"), ({}, "names no task"), ({"source_dataset": "nope"}, "'nope' is no task")],
+    ("metadata", "named"),
+    [(None, "None"), ({}, "{}"), ({"source_dataset": "nope"}, "'nope'")],
 )
-def test_reasoning_gym_rows_must_name_their_task(metadata: Any, message: str) -> None:
+def test_reasoning_gym_rows_must_name_their_task(metadata: Any, named: str) -> None:
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=rf"{named}.*data\.source = reasoning-gym:"):
         built_in("reasoning-gym", "1", "1", metadata)
 
 
@@ -376,22 +376,23 @@ def failing(name: str, options: dict[str, Any] | None = None) -> str:
 
 def test_unknown_names_say_what_there_is(own: str, tmp_path: Path) -> None:
     message = failing("nubmer")
-    assert "no reward 'nubmer'" in message and "Did you mean 'number'?" in message
+    assert "'nubmer'" in message and "'number'" in message
     assert all(name in message for name in BUILTINS)
     message = failing(f"{tmp_path}/onw.py:length")
-    assert "does not exist" in message and "Did you mean 'own.py'?" in message
+    assert "onw.py" in message and "'own.py'" in message
     message = failing(f"{own}:lenght")
-    assert "Did you mean 'length'?" in message and "length, strict" in message
-    assert "names no function" in failing(own)
-    assert "is no function" in failing(f"{own}:constant")
+    assert "'lenght'" in message and "'length'" in message and "length, strict" in message
+    message = failing(own)
+    assert f"{own}:" in message and "length, strict" in message
+    assert "'constant'" in failing(f"{own}:constant")
     assert "async def" in failing(f"{own}:later")
-    assert "no Python file" in failing(f"{ROOT}/pyproject.toml:x")
+    assert "pyproject.toml" in failing(f"{ROOT}/pyproject.toml:x")
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("import not_a_module_x", "ModuleNotFoundError: No module named 'not_a_module_x'"),
+        ("import not_a_module_x", "not_a_module_x"),
         ("def broken(:", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
     ],
@@ -405,11 +406,13 @@ def test_a_file_that_cannot_be_imported(body: str, message: str, tmp_path: Path)
 
 def test_options_are_checked_when_loaded(own: str) -> None:
     message = failing(f"{own}:length", {"bonsu": 1})
-    assert "no option 'bonsu'" in message and "Did you mean 'bonus'?" in message
-    assert "Allowed: none" in failing(f"{own}:strict", {"completions": ["mine"]})
-    assert "Allowed: none" in failing("number", {"tolerance": 1})
-    assert "Allowed: casefold" in failing("exact", {"answer": "x"})
-    assert "needs max_tokens and buffer" in failing("overlong")
+    assert "'bonsu'" in message and "'bonus'" in message
+    assert "'completions'" in failing(f"{own}:strict", {"completions": ["mine"]})
+    assert "'tolerance'" in failing("number", {"tolerance": 1})
+    message = failing("exact", {"answer": "x"})
+    assert "'answer'" in message and "casefold" in message
+    message = failing("overlong")
+    assert "max_tokens" in message and "buffer" in message
     for wrong in (
         {"max_tokens": 10, "buffer": 0},
         {"max_tokens": 10, "buffer": 11},
@@ -422,9 +425,9 @@ def test_options_are_checked_when_loaded(own: str) -> None:
 
 def test_weights_must_be_finite_and_not_all_0() -> None:
     for weight in (math.inf, math.nan):
-        with pytest.raises(RewardError, match="finite"):
+        with pytest.raises(RewardError, match=rf"number.*{weight}"):
             load({"number": weight}, {})
-    with pytest.raises(RewardError, match="every reward has weight 0"):
+    with pytest.raises(RewardError, match=r"(?s)number.*exact"):
         load({"number": 0.0, "exact": 0.0}, {})
     assert [r.weight for r in load({"number": 0.0, "exact": -1.0}, {})] == [0.0, -1.0]
 
@@ -500,7 +503,7 @@ def test_built_ins_read_chat_completions_and_the_prefix() -> None:
 
 
 def test_a_missing_column_is_named() -> None:
-    with pytest.raises(RewardError, match=r"'number' needs answer.*columns of data.jsonl:1: solution.*data\.answer"):
+    with pytest.raises(RewardError, match=r"'number'.*data\.jsonl:1.*solution.*data\.answer"):
         score([group(["42"], solution="42")], load({"number": 1.0}, {}))
 
 
@@ -558,27 +561,25 @@ def test_tuples_and_arrays_are_lists() -> None:
 
 @pytest.mark.parametrize("returned", [1.0, None, "11", b"11", {"a": 1, "b": 2}, {1.0, 0.0}, (x for x in (1.0, 0.0))])
 def test_what_is_no_list_is_refused(returned: Any) -> None:
-    with pytest.raises(RewardError, match=r"'mine' returned \w+ .*data.jsonl:1.*each of the 2 completions"):
+    with pytest.raises(RewardError, match=rf"'mine'.*{type(returned).__name__}.*data\.jsonl:1.*\b2\b"):
         score([group(["a", "b"])], [reward(lambda completions: returned)])
 
 
 @pytest.mark.parametrize("values", [(), (1.0,), (1.0, 1.0, 1.0)])
 def test_a_list_of_another_length_is_never_broadcast(values: tuple[float, ...]) -> None:
-    with pytest.raises(RewardError, match=rf"'mine' returned {len(values)} values for 2 completions.*data.jsonl:1"):
+    with pytest.raises(RewardError, match=rf"'mine'.*\b{len(values)}\b.*\b2\b.*data\.jsonl:1"):
         score([group(["a", "b"])], [reward(given(*values))])
 
 
 @pytest.mark.parametrize("value", ["1.0", b"1", [1.0], {}, 1j, 10**400, object()])
 def test_what_is_no_number_is_refused_with_its_sample(value: Any) -> None:
-    with pytest.raises(RewardError, match=rf"'mine' returned {type(value).__name__} .*data.jsonl:2, completion 'bad'"):
+    with pytest.raises(RewardError, match=rf"'mine'.*{type(value).__name__}.*data\.jsonl:2.*'bad'"):
         score([group(["good"]), group(["bad"], row=2)], [reward(given(1.0, value))])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
 def test_what_is_not_finite_is_refused_with_its_sample(value: float) -> None:
-    with pytest.raises(
-        RewardError, match=r"'mine' returned -?(nan|inf) for data.jsonl:2, completion 'bad'.*None for an"
-    ):
+    with pytest.raises(RewardError, match=r"'mine'.*-?(nan|inf).*data\.jsonl:2.*'bad'.*None"):
         score([group(["good"]), group(["bad"], row=2)], [reward(given(1.0, value))])
 
 
@@ -592,9 +593,7 @@ def test_an_exception_is_chained() -> None:
     def broken(completions: list[str]) -> list[float]:
         return [1 / 0]
 
-    with pytest.raises(
-        RewardError, match=r"'mine' raised ZeroDivisionError: division by zero .*data.jsonl:1"
-    ) as caught:
+    with pytest.raises(RewardError, match=r"'mine'.*ZeroDivisionError.*data\.jsonl:1") as caught:
         score([group(["a"])], [reward(broken)])
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

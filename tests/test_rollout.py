@@ -298,15 +298,15 @@ def test_streams_side_by_side_and_an_update_in_between(policies, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "tokens", "message"),
+    ("lengths", "tokens", "named"),
     [
-        ([2049], 1, "a prompt of 2049 tokens and 1 new ones exceed the model's 2048"),
-        ([3, 2000], 49, "a prompt of 2000 tokens and 49 new ones exceed"),
-        ([4, 0], 5, "a prompt has no tokens"),
+        ([2049], 1, r"\b2049\b.*\b1\b.*\b2048\b"),
+        ([3, 2000], 49, r"\b2000\b.*\b49\b.*\b2048\b"),
+        ([4, 0], 5, "prompt"),
     ],
 )
-def test_prompts_that_cannot_be_answered(policies, lengths, tokens, message):
-    with pytest.raises(ModelError, match=message):
+def test_prompts_that_cannot_be_answered(policies, lengths, tokens, named):
+    with pytest.raises(ModelError, match=named):
         sample_all(policies["qwen2"], prompts_of(lengths), Sampling(2, tokens))
 
 

@@ -132,7 +132,7 @@ def test_frequencies_are_those_of_the_softmax(temperature):
     assert abs(chi_squared(np.bincount(ids, minlength=20), probs * len(numbers))) < 4
 
 
-def test_the_number_picks_the_id_whose_share_of_the_unit_interval_it_lies_in():
+def test_the_number_picks_the_id_whose_interval_it_lies_in():
     """p = 0.2, 0.5, 0.3: [0, 0.2) is 0, [0.2, 0.7) is 1, [0.7, 1) is 2."""
     ids, _ = drawn(logits_of([0.2, 0.5, 0.3]), [0.0, 0.19, 0.21, 0.69, 0.71, BELOW_ONE])
     assert ids.tolist() == [0, 0, 1, 1, 2, 2]
@@ -148,7 +148,7 @@ def test_an_id_of_probability_zero_is_never_drawn(dtype, uniform):
     assert logprobs.isfinite().all()
 
 
-def test_a_wide_vocabulary_of_small_probabilities_is_drawn_evenly_in_float32():
+def test_a_wide_vocabulary_is_drawn_evenly_in_float32():
     """Cumulative sums of 150,000 small shares round; every id must still have its place."""
     numbers = uniforms(keys_of((2, 0, 0), 8, 8), 0)
     logits = torch.zeros(1, 150_000).expand(len(numbers), -1)

@@ -146,7 +146,7 @@ def test_what_the_objective_decides_is_refused_in_trls_options(tmp_path):
     from lite_trgrpo.integrations.trl import TRGRPOTrainer
 
     arguments = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", epsilon_high=0.28)
-    with pytest.raises(ConfigError, match="epsilon_high, which `objective` decides"):
+    with pytest.raises(ConfigError, match=r"epsilon_high.*objective"):
         TRGRPOTrainer("no/model", [len], args=arguments)
 
 
@@ -154,7 +154,7 @@ def test_answers_that_processes_cannot_share_are_refused(config_file, tmp_path, 
     from lite_trgrpo.integrations.trl import trl_arguments
 
     monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(ConfigError, match=r"3 x rollout.group_size 4 = 12 answers .* over 5 processes"):
+    with pytest.raises(ConfigError, match=r"\b3\b.*rollout\.group_size.*\b4\b.*\b5\b"):
         trl_arguments(loading.load(file=config_file), tmp_path, torch.device("cpu"))
 
 

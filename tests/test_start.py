@@ -53,13 +53,13 @@ def test_nothing_is_missing_here(start):
 
 def test_an_old_python_is_told_what_to_install_and_what_to_type(start):
     [problem] = start.problems("", (3, 8))
-    assert "Python 3.11 or newer is needed, this is 3.8" in problem
+    assert "3.11" in problem and "3.8" in problem
     assert problem.endswith("3.12 start.py demo --steps 5")
 
 
 def test_a_python_too_new_for_the_pinned_torch_is_refused_too(start):
     [problem] = start.problems("", (3, 15))
-    assert "Python 3.11 to 3.14" in problem and "this is 3.15" in problem
+    assert all(version in problem for version in ("3.11", "3.14", "3.15"))
 
 
 def test_python_3_8_can_read_the_file():
@@ -77,7 +77,7 @@ def test_a_missing_compiler_matters_to_the_tests_only(start, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert start.problems("", (3, 11)) == []
     [problem] = start.problems("[dev]", (3, 11))
-    assert "C compiler" in problem
+    assert "Python.h" in problem
 
 
 @pytest.mark.parametrize(("system", "needed"), [("linux", 10), ("win32", 3), ("darwin", 3)])
@@ -87,7 +87,7 @@ def test_disk_is_checked_for_the_torch_that_the_system_gets(start, monkeypatch, 
     assert start.problems("", (3, 11)) == []
     free_disk(monkeypatch, start, needed - 0.1)
     [problem] = start.problems("", (3, 11))
-    assert f"{needed} GB of free disk are needed" in problem and f"{needed - 0.1:.1f}" in problem
+    assert f"{needed} GB" in problem and f"{needed - 0.1:.1f}" in problem
 
 
 def test_a_torch_that_is_there_needs_no_second_place(start, monkeypatch, tmp_path):
@@ -102,7 +102,7 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(start, monkeypa
     with pytest.raises(SystemExit) as stopped:
         start.environment("")
     said = capsys.readouterr().err
-    assert stopped.value.code == 1 and "virtual environments" in said and "free disk" in said
+    assert stopped.value.code == 1 and "venv" in said and "0.5" in said
     assert not (tmp_path / ".venv").exists()
 
 
@@ -139,7 +139,7 @@ def test_it_is_done_again_when_a_requirement_changes(start, venv, tmp_path, name
 
 
 @posix
-def test_an_installation_for_the_tests_serves_the_demo_and_not_the_other_way_round(start, venv):
+def test_the_installation_for_tests_serves_the_demo_too(start, venv):
     start.environment("")
     start.environment("[dev]")
     assert len(venv) == 4 and venv[2][-1] == ".[dev]"
@@ -169,7 +169,7 @@ def test_a_failing_pip_shows_its_end_and_leaves_the_venv_for_another_try(start, 
     with pytest.raises(SystemExit) as stopped:
         start.pip("-e", ".")
     said = capsys.readouterr().err
-    assert stopped.value.code == 1 and said.startswith("pip install -e . failed")
+    assert stopped.value.code == 1 and "pip install -e ." in said
     assert "ERROR: no network" in said and "line 40" in said and "line 20\n" not in said
     assert not start.STAMP.exists()
 
@@ -188,7 +188,7 @@ def card(start, monkeypatch, tmp_path):
 def test_a_torch_without_cuda_is_named_with_the_way_out(start, card):
     program(start.PYTHON, 'echo "False 2.13.0+cpu None"\n')
     message = start.idle_card()
-    assert "NVIDIA Test Card" in message and "torch 2.13.0+cpu is built without CUDA" in message
+    assert "NVIDIA Test Card" in message and "2.13.0+cpu" in message
     assert "https://pytorch.org/get-started" in message and "pip install torch==2.13.0 " in message
     assert message.endswith("python start.py demo --cpu")
 
@@ -196,7 +196,7 @@ def test_a_torch_without_cuda_is_named_with_the_way_out(start, card):
 @posix
 def test_a_torch_with_cuda_points_at_the_driver(start, card):
     program(start.PYTHON, 'echo "False 2.13.0+cu130 13.0"\n')
-    assert "built for CUDA 13.0" in start.idle_card() and "driver" in start.idle_card()
+    assert "CUDA 13.0" in start.idle_card() and "nvidia-smi" in start.idle_card()
 
 
 @posix
@@ -218,7 +218,7 @@ def test_demo_stops_there_unless_told_to_use_the_cpu(start, card, monkeypatch, c
     monkeypatch.setattr(start, "run", lambda *command: ran.append(command) or 7)
     with pytest.raises(SystemExit) as stopped:
         start.demo(["--steps", "5"])
-    assert stopped.value.code == 1 and ran == [] and "silently" in capsys.readouterr().err
+    assert stopped.value.code == 1 and ran == [] and "--cpu" in capsys.readouterr().err
     assert start.demo(["--cpu", "--steps", "5"]) == 7
     assert ran[0][1:] == ("train", "--preset", "demo", "--steps", "5")
 

@@ -41,15 +41,14 @@ def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch, tmp_pa
     monkeypatch.setattr(session, "policy_of", lambda config: pytest.fail("the model was loaded first"))
     given = ["train", "-p", "demo", "-o", str(tmp_path / "run"), "-s", "train.track=wandb"]
     result = CliRunner().invoke(app, given)
-    assert (result.exit_code, result.stderr) == (
-        1, "error: train.track = wandb needs the package wandb: pip install wandb\n",
-    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "train.track = wandb" in result.stderr and "pip install wandb" in result.stderr
     assert not (tmp_path / "run").exists()
     with pytest.raises(MissingPackageError):
         trackers.check("trackio")
 
 
-def test_one_that_cannot_start_is_an_error_and_one_that_fails_later_is_let_go_of(monkeypatch, tmp_path, capsys):
+def test_a_tracker_that_cannot_start_raises_and_one_that_fails_later_warns(monkeypatch, tmp_path, capsys):
     calls = []
 
     def failing(*given):
@@ -61,7 +60,7 @@ def test_one_that_cannot_start_is_an_error_and_one_that_fails_later_is_let_go_of
 
     monkeypatch.setitem(trackers._STARTS, "wandb", failing)
     with (
-        pytest.raises(RunError, match=r"train.track = wandb cannot start: no network"),
+        pytest.raises(RunError, match=r"train\.track = wandb.*no network"),
         trackers.tracked("wandb", tmp_path, {}, None),
     ):
         pytest.fail("it started")
@@ -70,7 +69,7 @@ def test_one_that_cannot_start_is_an_error_and_one_that_fails_later_is_let_go_of
         send(STEP)
         send(STEP)
     assert calls == [3]
-    assert capsys.readouterr().err.count("wandb has failed") == 1
+    assert capsys.readouterr().err.count("wandb") == 1
 
 
 def test_tensorboard_holds_a_run_that_was_resumed(tmp_path):
