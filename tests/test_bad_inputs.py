@@ -352,10 +352,8 @@ MODELS = {
     "config is no JSON": overwritten("config.json", b"{"),
     "config is a list": overwritten("config.json", b"[]"),
     "config of no known type": overwritten("config.json", b'{"model_type": "nonsense"}'),
-    "config without a type": overwritten("config.json", b"{}"),
     "tokenizer is no JSON": overwritten("tokenizer.json", b"{"),
     "weights are empty": overwritten("model.safetensors", b""),
-    "weights are nonsense": overwritten("model.safetensors", b"nonsense" * 100),
     "weights are a Git LFS pointer": overwritten("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
     "weights are cut": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9000]),
     "weights of other shapes": other_shapes,
@@ -405,7 +403,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize(("what", "command"), [*((what, "train") for what in ADAPTERS), ("no weights", "eval")])
+@pytest.mark.parametrize(("what", "command"), [*((what, "eval") for what in ADAPTERS), ("no weights", "train")])
 def test_adapters(what, command, model, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text(GOOD)
@@ -425,13 +423,11 @@ def test_an_output_that_is_a_file(model, tmp_path, monkeypatch):
     refused(["train", "-o", "data.jsonl/run", *settings(model, "data.jsonl")], "data.jsonl/run")
 
 
-@pytest.mark.parametrize("file", ["config.toml", "run.json", "metrics.jsonl", "eval.jsonl"])
+@pytest.mark.parametrize("file", ["config.toml", "run.json", "metrics.jsonl"])
 def test_a_run_whose_files_are_broken(file, adapter, tmp_path):
     """run.json only tells of the past; without the others a run does not go on."""
     run = tmp_path / "run"
     shutil.copytree(adapter, run)
-    if not (run / file).exists():
-        pytest.skip("a run without held-out rows has no such file")
     content = (run / file).read_bytes()
     (run / file).write_bytes(b"\xff{" + content[2:])
     arguments = ["train", "--resume", run, "--steps", 2]

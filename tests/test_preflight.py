@@ -193,7 +193,7 @@ def wrong(example, i):
     [
         (wrong, {}, {}, "nothing is solved", "easier prompts or a larger base"),
         (right, {}, {}, "already solved", "take harder prompts in data.source"),
-        (wrong, {}, {"stopped": False}, "answers are truncated", "rollout.max_new_tokens = 256: raise it, e.g. to 1024"),
+        (wrong, {}, {"stopped": False}, "answers are truncated", "rollout.max_new_tokens = 256: raise it"),
         (wrong, {}, {"stopped": False, "ids": (5, 9, 5, 5)}, "no token ends an answer", "run on past <|im_end|> until"),
         (right, {"data": {"answer": "page"}}, {}, "wrong answer column", "set data.answer = 'right'"),
         (wrong, BOXED, {}, "the base does not keep to the form", "answers are not in the form \\boxed{ANSWER}"),
