@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lite_trgrpo import __version__, rewards
 from lite_trgrpo.config.schema import Config, memory_bytes
 from lite_trgrpo.data.examples import load_examples
-from lite_trgrpo.errors import DataError, RunError
+from lite_trgrpo.errors import DataError, LiteError, OutOfMemoryError, RunError
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.records import Example
@@ -49,6 +49,7 @@ def ready(config: Config, examples: Sequence[Example]) -> tuple[Config, "Transfo
 
 
 def policy_of(config: Config) -> "TransformersPolicy":
+    """The configured model with its adapter, within `train.memory`. Raises OutOfMemoryError where it does not fit."""
     from lite_trgrpo.model.loading import resolve_device
 
     if config.train.memory is not None:
@@ -56,10 +57,18 @@ def policy_of(config: Config) -> "TransformersPolicy":
         if not oom.cap(memory_bytes(config.train.memory), device):
             logger.warning("train.memory has no effect: this system cannot limit the memory of a process")
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    return select.load(
-        config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing,
-        longest=longest, vllm=config.rollout.engine == "vllm",
-    )  # fmt: skip
+    try:
+        return select.load(
+            config.model,
+            seed=config.train.seed,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            longest=longest,
+            vllm=config.rollout.engine == "vllm",
+        )
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, LiteError) or not oom.ran_out(error):
+            raise
+    raise OutOfMemoryError(oom.advice("the model does", "model.lora_rank"))
 
 
 def with_cache(config: Config, policy: "TransformersPolicy") -> Config:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lite_trgrpo.config.schema import Config
+from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.model.packing import by_prompt
 from lite_trgrpo.model.policy import Policy, sample_all, sample_groups
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
@@ -47,6 +48,7 @@ def evaluate(
     samples: int,
     solved_at: float,
     told: Callable[[str], None] = lambda how_far: None,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """One greedy answer and `samples` sampled ones for each held-out row; `told` hears how far it is.
 
@@ -54,8 +56,10 @@ def evaluate(
     greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
     """
     prompts = [prompt for _, prompt in heldout]
-    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), told)
-    sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples), told) if samples else None
+    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), told, limits)
+    sampled = None
+    if samples:
+        sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples), told, limits)
     rows: list[dict[str, Any]] = []
     for i, (example, _) in enumerate(heldout):
         completion = greedy[i].completions[0]
@@ -89,9 +93,10 @@ def _answers(
     scorer: Scorer,
     sampling: Sampling,
     told: Callable[[str], None],
+    limits: Limits | None,
 ) -> list[Group]:
     found: dict[int, Group] = {}
-    for p, completions in sample_groups(policy, prompts, sampling):
+    for p, completions in sample_groups(policy, prompts, sampling, limits):
         found[p] = Group(*heldout[p], completions)
         told(f"{'greedy' if sampling.greedy else 'sampled'} {len(found)} of {len(prompts)}")
     return scorer.score([found[p] for p in range(len(prompts))])

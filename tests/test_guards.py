@@ -61,7 +61,9 @@ def test_one_bad_step_warns_and_five_in_a_row_are_critical(name, bad):
 
 def test_one_update_that_throws_the_policy_far_is_critical_at_once():
     assert lit([{}] * 6 + [{"update_kl": 2.1}]) == {"update_kl": "critical"}
-    assert lit([{}] * 6 + [{"update_kl": 1.9}]) == lit([{}] * 6 + [{"update_kl": None}]) == {}
+    assert lit([{}] * 6 + [{"update_kl": 1.9}]) == lit([{}] * 6 + [{"update_kl": 0.0}]) == {}
+    assert lit([{}] * 6 + [{"update_kl": None}]) == {"update_kl": "critical"}  # NaN in JSON
+    assert lit([{}] * 6 + [{"entropy_sampled": None, "updates_skipped": 1}]) == {"finite": "critical"}
 
 
 def test_a_step_without_a_measurement_neither_alarms_nor_interrupts():
@@ -179,7 +181,7 @@ def test_a_step_with_a_probability_that_is_no_number_is_skipped_logged_and_passe
     _, run = run_toy(tmp_path, changes, policy=Broken())
     metrics = run.metrics()
     assert [line["updates_skipped"] for line in metrics] == [0, 1, 0]
-    assert [line["guards"] for line in metrics] == [{}, {"finite": "warning"}, {}]
+    assert [line["guards"] for line in metrics] == [{}, {"finite": "critical"}, {}]
     assert metrics[1]["entropy_sampled"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     steps = [tmp_path / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors" for step in (1, 2, 3)]
     assert steps[0].read_bytes() == steps[1].read_bytes() != steps[2].read_bytes()

@@ -23,7 +23,7 @@ Settings = dict[str, dict[str, Any]]  # section -> key -> value, not yet validat
 # What a resumed run may change: how long, how often, how much at once. All else decides what its steps are.
 MAY_CHANGE = {"train.steps", "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"}
 MAY_CHANGE |= {"train.micro_batch_tokens", "train.gradient_checkpointing", "rollout.max_rows", "eval.every"}
-MAY_CHANGE |= {"train.track"}
+MAY_CHANGE |= {"train.track", "train.memory"}
 MAY_CHANGE |= {f"guards.{name}" for name in Guards.model_fields}
 
 

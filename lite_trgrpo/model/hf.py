@@ -1,7 +1,7 @@
 """The Policy on transformers, PEFT and bitsandbytes: Linux, macOS and Windows, with or without a card."""
 
+import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,11 +17,14 @@ from lite_trgrpo.model import padded
 from lite_trgrpo.model.loading import load_base, resolve_device, resolve_dtype
 from lite_trgrpo.model.lora import with_lora
 from lite_trgrpo.model.network import Network
+from lite_trgrpo.model.oom import ran_out
 from lite_trgrpo.model.policy import Sequences
 from lite_trgrpo.model.template import Template
 from lite_trgrpo.model.weights import Located, at_hand, locate
 from lite_trgrpo.records import Completion, Message, Prompt, Sampling
 from lite_trgrpo.rollout.engine import Answer, Engine, slot_count
+
+logger = logging.getLogger(__name__)
 
 
 def load(options: Model, *, seed: int, gradient_checkpointing: bool = False) -> "TransformersPolicy":
@@ -97,6 +100,10 @@ class TransformersPolicy:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return self.template.tokenizer.batch_decode([[i] for i in ids])
 
+    def context(self) -> int | None:
+        """Longest sequence that the model takes (tokens); None: it names no limit."""
+        return getattr(self.network.config, "max_position_embeddings", None)
+
     def cache_mib(self) -> int:
         """Memory for keys and values that suits this machine (MiB)."""
         if self.device.type != "cuda":
@@ -148,8 +155,12 @@ class TransformersPolicy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.save_pretrained(part, save_embedding_layers=False)
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}-old")  # until the new one is in place
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _check(self) -> None:
         """What we assume about a model, on a few tokens: a plain head, and attention that ours can stand in for."""
@@ -164,18 +175,19 @@ class TransformersPolicy:
         try:
             wrong = self.network.groups_differ()
         except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+            if ran_out(error):  # says nothing about the model; the slow path would need more memory
+                raise
             wrong = first_line(error)
         self.network.by_groups = not wrong
         if wrong:
             self.network.attend_by_groups(False)
-            print(
-                f"warning: our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
-                "transformers' generate and the update is padded, slower and with more memory",
-                file=sys.stderr,
+            logger.warning(
+                f"our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
+                "transformers' generate and the update is padded, slower and with more memory"
             )
 
     def _check_length(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        limit = getattr(self.network.config, "max_position_embeddings", None)
+        limit = self.context()
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if any(not prompt.ids for prompt in prompts):
             raise ModelError("a prompt has no tokens; a language model needs at least one to answer to")

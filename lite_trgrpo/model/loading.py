@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.model.oom import ran_out
 from lite_trgrpo.model.weights import Located, locate_config
 
 
@@ -67,9 +68,9 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
             quantization_config=quantization, use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # as above
+        if ran_out(error):
+            raise
         raise ModelError(f"{options.name} could not be loaded: {first_line(error)}") from None
     if quantization is not None and device.type == "cpu":
         for parameter in model.parameters():

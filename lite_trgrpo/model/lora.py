@@ -1,7 +1,6 @@
 """The LoRA adapter: made or loaded by PEFT, its products by ourselves."""
 
 import logging
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,8 @@ from lite_trgrpo.config.schema import Model
 from lite_trgrpo.data.hub import fetch
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.model.weights import Located
+
+logger = logging.getLogger(__name__)
 
 FEW = 64  # rows
 
@@ -37,7 +38,7 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
             ) from None
         made_for = model.peft_config["default"].base_model_name_or_path
         if made_for != located.upstream:  # shapes may fit all the same, as between a base and its instruct model
-            print(f"warning: the adapter was made for {made_for}, the base here is {located.upstream}", file=sys.stderr)
+            logger.warning(f"the adapter was made for {made_for}, but the base here is {located.upstream}")
     else:
         model = add_lora(base, options)
     prepare(model)

@@ -2,7 +2,9 @@
 
 import gc
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -10,7 +12,14 @@ import torch
 from lite_trgrpo.errors import OutOfMemoryError
 
 # what torch, oneDNN and the C++ library say on a CPU; on a card there is torch.OutOfMemoryError
-WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory", "out of memory")
+WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "could not create a memory",
+    "out of memory",
+    "alloc_failed",
+)
 
 
 @dataclass(slots=True)
@@ -23,6 +32,8 @@ class Limits:
     """Of one micro-batch of the update."""
     rows: int
     """Answers decoded side by side."""
+    options: Sequence[Any] = ()
+    """Values of the options that bear on memory, when the run was started or resumed."""
 
     def fewer_tokens(self, used: int, rows: int) -> None:
         """After a micro-batch of `rows` answers, `used` tokens with their prompts, did not fit.
@@ -30,23 +41,27 @@ class Limits:
         An answer that is alone already gets one more chance, after what others held has been freed.
         """
         if rows <= 1 and self.tokens < used:
-            raise OutOfMemoryError(_advice("one answer and its gradient do", "rollout.max_new_tokens"))
+            raise OutOfMemoryError(advice("one answer and its gradient do", "rollout.max_new_tokens"))
         self.tokens = min(self.tokens, used) // 2
 
     def fewer_rows(self, used: int) -> None:
         if used <= 1:
-            raise OutOfMemoryError(_advice("decoding one answer at a time does", "rollout.cache_mib"))
+            raise OutOfMemoryError(advice("decoding one answer at a time does", "rollout.cache_mib"))
         self.rows = used // 2
 
-    def lower(self, tokens: int, rows: int) -> None:
-        """To what an earlier part of the run came down to."""
-        self.tokens, self.rows = min(self.tokens, tokens), min(self.rows, rows)
+    def resume(self, saved: Mapping[str, Any], options: Sequence[Any]) -> None:
+        """Come down to what memory had allowed an earlier part of the run, unless an option that bears on memory has
+        changed since: then what fits is found out anew.
+        """
+        if saved.get("options", options) == options:
+            self.tokens, self.rows = min(self.tokens, saved["tokens"]), min(self.rows, saved["rows"])
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _advice(what: str, option: str) -> str:
+def advice(what: str, option: str) -> str:
+    """The message of an OutOfMemoryError: what does not fit, the option to lower, what else helps."""
     return (
         f"out of memory: {what} not fit. Lower {option} or data.max_prompt_tokens, set model.quantization = nf4 or "
         "train.gradient_checkpointing = true, or close what else uses the card; `lite-trgrpo check` shows what fits"

@@ -3,6 +3,7 @@
 It is the reference that ours is tested against, and what a model gets that ours does not fit.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,17 +49,35 @@ def _generated(
     """New ids of every member, and the log-probabilities that they were drawn from: [members, T, V]."""
     from transformers import GenerationConfig
 
+    ruined_at: list[Tensor] = []  # by position: rows whose logits are NaN or +inf
+
+    def end_where_ruined(ids: Tensor, logits: Tensor) -> Tensor:
+        """torch.multinomial raises on such rows: let them end instead."""
+        ruined = logits.isnan().any(-1) | (logits == math.inf).any(-1)
+        ruined_at.append(ruined)
+        ending = torch.full_like(logits, -math.inf)
+        ending[:, config.eos_token_id[0] if config.eos_token_id else 0] = 0.0
+        return torch.where(ruined.unsqueeze(-1), ending, logits)
+
     base = model.get_base_model()
     own, base.generation_config = base.generation_config, GenerationConfig()  # what it sets would fill our gaps
     try:
         with torch.random.fork_rng():  # seeded for each prompt: what a caller draws between two does not matter
             torch.manual_seed(abs(hash((*sampling.key, number))))  # such hashes are the same in every process
             ids = torch.tensor([prompt], device=model.device)
-            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                logits_processor=[end_where_ruined],
+            )
     finally:
         base.generation_config = own
     scores = torch.stack(made.scores, 1).float()  # of a sampler, temperature included
     logprobs = torch.log_softmax(scores / sampling.temperature if sampling.greedy else scores, -1)
+    for t, ruined in enumerate(ruined_at):
+        if t < logprobs.shape[1]:
+            logprobs[ruined, t] = math.nan
     return made.sequences[:, len(prompt) :].tolist(), logprobs
 
 

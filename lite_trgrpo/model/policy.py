@@ -1,5 +1,6 @@
 """Policy: all that the trainer knows about a model. Backends implement it; so does a ten-line table in the tests."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -48,19 +49,21 @@ def sample_groups(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """For every prompt its number and `sampling.members` completions, as soon as they are whole.
 
-    With `limits`: where memory runs out, finished completions are kept and the rest drawn again, fewer side by side.
+    Where memory runs out, finished completions are kept and the rest drawn again, fewer side by side; `limits` come
+    down with it. Raises OutOfMemoryError where one at a time does not fit.
     """
+    limits = limits or Limits(sys.maxsize, sampling.max_rows)
     found: list[dict[int, Completion]] = [{} for _ in prompts]
     missing = [list(range(sampling.members)) for _ in prompts]
     while any(missing):
-        rows = min(sampling.max_rows, sum(map(len, missing)), sampling.max_rows if limits is None else limits.rows)
+        rows = min(sampling.max_rows, sum(map(len, missing)), limits.rows)
         try:
             for p, member, completion in policy.sample(prompts, replace(sampling, max_rows=rows), missing):
                 found[p][member] = completion
                 if len(found[p]) == sampling.members:
                     yield p, [found[p][m] for m in range(sampling.members)]
         except (RuntimeError, MemoryError) as error:
-            if limits is None or not ran_out(error):
+            if not ran_out(error):
                 raise
             limits.fewer_rows(rows)
         else:

@@ -1,16 +1,19 @@
 """Which backend `model.backend` is on this machine, why, and the policy from it."""
 
 import importlib.util
-import sys
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.model.oom import ran_out
 
 if TYPE_CHECKING:
     from lite_trgrpo.model.hf import TransformersPolicy
+
+logger = logging.getLogger(__name__)
 
 
 def choose(options: Model) -> tuple[str, str]:
@@ -61,17 +64,17 @@ def load(
             policy = unsloth.load(
                 options, seed=seed, gradient_checkpointing=gradient_checkpointing, longest=longest, vllm=vllm
             )
-            print(f"backend: unsloth ({why})", file=sys.stderr)
+            logger.info(f"backend: unsloth ({why})")
             return policy
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # it patches other libraries, so anything may break
+            if ran_out(error):
+                raise
             if options.backend == "unsloth" or vllm:
                 raise ModelError(f"unsloth: {first_line(error)}. Type --set model.backend=transformers") from None
             why = f"unsloth failed here: {first_line(error)}"
             torch.cuda.empty_cache()
     if torch.cuda.is_available() and options.device != "cpu":
-        print(f"backend: transformers ({why})", file=sys.stderr)
+        logger.info(f"backend: transformers ({why})")
     from lite_trgrpo.model import hf
 
     return hf.load(options, seed=seed, gradient_checkpointing=gradient_checkpointing)

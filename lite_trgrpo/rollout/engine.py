@@ -1,5 +1,6 @@
 """Decoding groups: a prompt is read once for all its answers, finished rows leave, waiting ones take their place."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -171,6 +172,8 @@ class Engine:
         ids, logprobs = draw(logits, uniform, temperature=self.sampling.temperature)
         finished = []
         for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
+            if math.isnan(logprob) and self.end_ids:  # the model is ruined: end here, and let the guard `finite` see it
+                token = min(self.end_ids)
             answer.ids.append(token)
             answer.logprobs.append(logprob)
             answer.stopped = token in self.end_ids

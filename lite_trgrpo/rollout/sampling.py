@@ -38,6 +38,8 @@ def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float) -> tuple
 
     q is softmax(logits / temperature). The draw inverts the cumulative distribution: torch.multinomial takes several
     times longer over a wide vocabulary.
+
+    Where logits are NaN or +inf, q does not exist: any id of the vocabulary is returned, and log q is NaN.
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
@@ -55,4 +57,6 @@ def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float) -> tuple
         target = torch.minimum(uniform.to(total.dtype).unsqueeze(-1) * total, below)
         # right=True: the first entry above the target, so an id of probability 0 is never drawn
         ids = torch.searchsorted(cumulative, target, right=True)
+        # In a row of NaN the search ends beyond the vocabulary; `gather` would raise, and on CUDA lose the context.
+        ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids.squeeze(-1), (scaled.gather(-1, ids) - total.log()).squeeze(-1)

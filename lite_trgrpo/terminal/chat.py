@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lite_trgrpo import build
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import LiteError
+from lite_trgrpo.model import oom
 from lite_trgrpo.records import Completion, Example, Group, Message, Prompt, Sampling
 from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.rollout.engine import Answer
@@ -60,7 +61,7 @@ def converse(config: Config, compare: bool = False) -> None:
                 say(HELP)
             elif word != GOLD:
                 for speaker in speakers:
-                    _answer(policy, config, speaker, line, turn)
+                    _answered(policy, config, speaker, line, turn)
                 turn += 1
             elif not gold or speakers[0].last is None:
                 first = "" if speakers[0].last else "ask something first, then "
@@ -80,6 +81,25 @@ def _ask() -> str:
         return ""
 
 
+def _answered(policy: "TransformersPolicy", config: Config, speaker: Speaker, question: str, turn: int) -> None:
+    """One question and its answer. Ctrl-C ends the answer; what cannot be answered is said. Then both are forgotten."""
+    before = list(speaker.messages)
+    try:
+        _answer(policy, config, speaker, question, turn)
+    except KeyboardInterrupt:
+        speaker.messages = before
+        print(" (interrupted)")
+    except LiteError as error:
+        speaker.messages = before
+        say(f"not answered: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not oom.ran_out(error):
+            raise
+        speaker.messages = before
+        say(oom.advice("this answer does", "rollout.max_new_tokens"))
+        oom.free()
+
+
 def _answer(policy: "TransformersPolicy", config: Config, speaker: Speaker, question: str, turn: int) -> None:
     speaker.messages.append({"role": "user", "content": question})
     sampling = Sampling(
@@ -90,11 +110,21 @@ def _answer(policy: "TransformersPolicy", config: Config, speaker: Speaker, ques
         print(f"{speaker.name}: ", end="")
     asked = list(speaker.messages)
     with policy.reference() if speaker.base else nullcontext():
-        prompt = policy.encode(asked)
+        prompt = _encoded(policy, config, asked)
         answer = spoken(policy, prompt, sampling, lambda text: print(plain(text), end="", flush=True))
-    print("" if answer.stopped else " (cut off)")
+    print("" if answer.stopped else " (truncated)")
     speaker.messages.append({"role": "assistant", "content": answer.text})
     speaker.last = Group(Example(asked, {}, "chat"), prompt, (answer,))
+
+
+def _encoded(policy: "TransformersPolicy", config: Config, asked: list[Message]) -> Prompt:
+    """The conversation as the model reads it, without its oldest turns where it is longer than the context."""
+    prompt, limit = policy.encode(asked), policy.context()
+    first = next((i for i, message in enumerate(asked) if message["role"] != "system"), 0)
+    while limit is not None and len(prompt.ids) + config.rollout.max_new_tokens > limit and len(asked) > first + 2:
+        del asked[first : first + 2]  # a question and its answer
+        prompt = policy.encode(asked)
+    return prompt
 
 
 def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tell: Callable[[str], None]) -> Completion:

@@ -47,7 +47,11 @@ def alerts(
         if beyond(recent[-1]):
             lasting = len(measured) >= WINDOW and all(measured[-WINDOW:])
             found.append(Alert(name, "critical" if lasting else "warning", advice))
-    if _above(recent[-1].get("update_kl"), KL):
+    if _not_finite(recent[-1], "entropy_sampled"):
+        found = [alert for alert in found if alert.name != "finite"]
+        advice = "the policy itself gives no finite probabilities any more. Lower train.learning_rate"
+        found.append(Alert("finite", "critical", advice))
+    if _not_finite(recent[-1], "update_kl") or _above(recent[-1].get("update_kl"), KL):
         advice = f"one update moved the policy by more than {KL:g} nats a token. Lower train.learning_rate"
         found.append(Alert("update_kl", "critical", advice))
     if silence := _fell_silent(recent, WINDOW, prompts):
@@ -99,6 +103,11 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
             "lower train.learning_rate",
         ),
     }
+
+
+def _not_finite(line: Line, name: str) -> bool:
+    """Whether a statistic was measured and came out NaN or infinite: JSON has neither, so the line holds None."""
+    return name in line and line[name] is None
 
 
 def _above(value: float | None, limit: float) -> bool | None:

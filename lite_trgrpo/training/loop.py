@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import pvariance
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from lite_trgrpo.training.optimizer import learning_rate_at, make_optimizer
 from lite_trgrpo.training.recovery import score_of
 from lite_trgrpo.training.state import Encoded, Job, Listener, Metrics
 from lite_trgrpo.training.stopping import Stop, Stopped
-from lite_trgrpo.training.update import prepare_rows, probe, update
+from lite_trgrpo.training.update import Row, in_pieces, prepare_rows, probe, update
 
 TRAINING = 0  # a stream of random numbers
 PROBED = 4  # answers on which an update's effect is measured
@@ -52,7 +53,7 @@ def train(
     """
     trainable = policy.trainable()
     optimizer = make_optimizer(list(trainable.values()), config.train)
-    limits = Limits(config.train.micro_batch_tokens, config.rollout.max_rows)
+    limits = Limits(config.train.micro_batch_tokens, config.rollout.max_rows, _memory_options(config))
     job = Job(config, policy, training, heldout, scorer, run, listener, stop, trainable, optimizer, limits)
     if resume is None:
         run.cut_back({})  # what a run wrote that was killed before its first checkpoint
@@ -60,7 +61,7 @@ def train(
         state = checkpoint.load(resume, trainable, optimizer)
         run.cut_back(state["logs"])
         job.step = job.saved = state["step"]
-        limits.lower(**state["limits"])
+        limits.resume(state["limits"], _memory_options(config))
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
         _probe(job)
@@ -73,6 +74,12 @@ def train(
             recovery.finish(job, complete=False)
         raise
     recovery.finish(job, complete=True)
+
+
+def _memory_options(config: Config) -> list[Any]:
+    """Options that bear on memory: limits that memory lowered hold as long as these stay."""
+    train = config.train
+    return [train.micro_batch_tokens, train.gradient_checkpointing, train.memory, config.rollout.max_rows]
 
 
 def _probe(job: Job) -> None:
@@ -127,7 +134,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
         )
     if not sound:  # as if the loss had come out so
         statistics["updates_skipped"] = config.train.updates_per_batch
-    elif drift := _drift(job.policy, taught, config.rollout.temperature):
+    elif (drift := _drift(job, taught)) is not None:
         statistics["update_kl"] = drift
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
     clock["tokens_per_s"] = tokens / clock["rollout_s"]
@@ -159,17 +166,24 @@ def _hopeless(job: Job, metrics: Metrics) -> str | None:
 
 
 @torch.no_grad()
-def _drift(policy: Policy, taught: Sequence[Group], temperature: float) -> float | None:
-    """KL from the policy that sampled to the one after the update, on a few of its answers (nats a token).
+def _drift(job: Job, taught: Sequence[Group]) -> float | None:
+    """KL from the policy that sampled to the one after the update, on a few of its answers (nats a token); None
+    without an answer that could have taught. NaN where the update has ruined the policy.
 
     A ruined policy may get no reward any more, hence no further update to see it by; here it shows at once.
     """
     answers = [(group.prompt.ids, c) for group in taught if has_signal(group) for c in group.completions][:PROBED]
     if not answers:
         return None
-    logprobs, _ = policy.logprobs([(ids, completion.ids) for ids, completion in answers], temperature)
-    before = [sum(completion.logprobs) for _, completion in answers]
-    return (sum(before) - logprobs.sum().item()) / sum(len(completion.ids) for _, completion in answers)
+
+    def scored(batch: Sequence[Row]) -> float:
+        rows = [(row.prompt_ids, row.completion.ids) for row in batch]
+        return job.policy.logprobs(rows, job.config.rollout.temperature)[0].sum().item()
+
+    rows = [Row(ids, completion, 0.0, 1.0) for ids, completion in answers]
+    after = sum(in_pieces(rows, job.limits, scored, lambda: None))
+    before = sum(sum(completion.logprobs) for _, completion in answers)
+    return (before - after) / sum(len(completion.ids) for _, completion in answers)
 
 
 def rollout(
@@ -231,6 +245,7 @@ def _evaluate_if_due(job: Job) -> None:
             job.policy, job.heldout, job.scorer, eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,
             told=lambda how_far: job.listener.doing(f"scoring, {how_far}"),
+            limits=job.limits,
         )  # fmt: skip
     line: Metrics = {"step": step, **result}
     if job.evaluations:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.errors import OutOfMemoryError
-from lite_trgrpo.model.oom import Limits, free, ran_out
+from lite_trgrpo.model.oom import Limits, advice, free, ran_out
 from lite_trgrpo.model.packing import Ids, by_prompt
 from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
@@ -116,7 +116,7 @@ def update(
         statistics += [part for _, part in parts]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
+            _stepped(optimizer, torn=bool(losses))
         else:
             skipped += 1  # one bad batch must not poison the adapter
         losses.append(loss)
@@ -128,6 +128,18 @@ def update(
         "updates_skipped": skipped,
         **merged(statistics).report(*weight_range(objective)),
     }
+
+
+def _stepped(optimizer: torch.optim.Optimizer, torn: bool) -> None:
+    """The first step makes the optimizer's state, before it changes a weight: that may not fit."""
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        failed = OutOfMemoryError(advice("the optimizer's state does", "model.lora_rank"))
+        failed.torn = torn
+        raise failed from None
 
 
 def probe(policy: Policy, prompt_ids: Ids, answers: int, tokens: int, temperature: float, limits: Limits) -> None:
