@@ -106,7 +106,7 @@ def pip(*args: str) -> None:
                 say(f"  unpacking {line.count(',') + 1} packages")
     if process.returncode:
         STAMP.unlink()  # pip undoes what failed, so this .venv can be used again
-        stop(f"pip install {' '.join(args)} failed; mend what it says and try again:\n" + "".join(tail))
+        stop(f"pip install {' '.join(args)} failed; fix what it says and try again:\n" + "".join(tail))
 
 
 def idle_card() -> str:

@@ -54,7 +54,7 @@ def policy_of(config: Config) -> "TransformersPolicy":
     if config.train.memory is not None:
         device = resolve_device(config.model.device)
         if not oom.cap(memory_bytes(config.train.memory), device):
-            logger.warning("train.memory is not kept to: this system cannot limit a process on CPU")
+            logger.warning("train.memory has no effect: this system cannot limit the memory of a process")
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     return select.load(
         config.model, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing,

@@ -82,7 +82,9 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
                 loop.train(config, policy, training, heldout, scoring, run, listener, stop, resume=found)
         except Stopped as stopped:
             on = (
-                f". Go on with: lite-trgrpo train --resume {_quoted(run)}" if stopped.code != 1 else f" in {run.folder}"
+                f". Continue with: lite-trgrpo train --resume {_quoted(run)}"
+                if stopped.code != 1
+                else f" in {run.folder}"
             )
             raise Stopped(f"stopped by {stopped}, everything saved{on}", stopped.code) from None
     logger.info(f"adapter in {run.adapter}, report in {run.folder / report.NAME}")
@@ -149,6 +151,6 @@ def _warn_of_trained_rows(config: Config) -> None:
     there, here = (run.data.seed, run.eval.rows), (config.data.seed, config.eval.rows)
     if run.data.source == config.data.source and there != here:
         logger.warning(
-            f"its run held out {there[1]} rows with data.seed {there[0]}, here {here[1]} with {here[0]}: "
-            f"some of these rows it has trained on. For rows it has not seen: --config {file}"
+            f"the run of this adapter held out {there[1]} rows with data.seed {there[0]}, here {here[1]} with "
+            f"{here[0]}: it was trained on some of these rows. For rows it has not seen type --config {file}"
         )

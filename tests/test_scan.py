@@ -61,7 +61,7 @@ def test_training_takes_only_prompts_of_medium_difficulty(tmp_path):
     ("text", "message"),
     [
         (None, "no scan"),
-        ("{}\n", "s.jsonl:1 is no line of a scan"),
+        ("{}\n", "s.jsonl:1"),
         ("", "none of 1500 training prompts is solved between 10% and 90% of the time \\(0 of them are in the scan\\)"),
     ],
 )

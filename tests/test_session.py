@@ -88,7 +88,7 @@ def test_a_finished_run_says_how_to_go_on(run):
     folder, _ = run
     before = (folder / "config.toml").read_text()
     refused = CliRunner().invoke(app, ["train", "--resume", str(folder), "--steps", "1"])
-    assert refused.exit_code == 1 and "has done 2 steps of 1" in refused.stderr
+    assert refused.exit_code == 1 and "--steps" in refused.stderr
     assert (folder / "config.toml").read_text() == before
 
 
@@ -122,7 +122,7 @@ def test_eval_scores_base_and_adapter(run, tiny_config):
 def test_scoring_rows_that_the_run_was_trained_on_is_said(run, tiny_config):
     """With another eval.rows other rows are held out, so most of them were in training."""
     scored = ("eval", "--config", tiny_config, "--adapter", run[0] / "adapter", "--set")
-    assert "some of these rows it has trained on" in call(*scored, "eval.rows=5").stderr
+    assert "data.seed 0" in call(*scored, "eval.rows=5").stderr
     assert "trained on" not in call(*scored, "eval.rows=4").stderr
 
 

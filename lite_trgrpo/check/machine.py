@@ -42,7 +42,7 @@ LOW_DISK = 5 * 2**30  # a small base and its checkpoints
 @dataclass(frozen=True, slots=True)
 class Problem:
     what: str
-    mend: str
+    fix: str
     """What to type or do."""
     fatal: bool = False
     """Whether nothing, or nothing of the options asked about, can run."""
@@ -117,8 +117,12 @@ def _version(package: str) -> str | None:
 def _paths(card: Mapping[str, Any] | None) -> Iterator[tuple[str, bool, str]]:
     """-> path, whether a run takes it, why or why not."""
     usable = card is not None and card["usable"]
-    no_card = "no card that torch can use"
-    yield "own engine, packed update", True, "if a model passes the check when it is loaded; else generate and padding"
+    no_card = "torch can use no CUDA card"
+    yield (
+        "own engine, packed update",
+        True,
+        "if the model passes the self-check when it is loaded; else generate and padding",
+    )
     bf16 = bool(usable and card and card["bf16"])
     yield "bf16", bf16, "the card has it" if bf16 else "the card has none: float16" if usable else f"{no_card}: float32"
     bitsandbytes = _version("bitsandbytes")
@@ -126,7 +130,7 @@ def _paths(card: Mapping[str, Any] | None) -> Iterator[tuple[str, bool, str]]:
     yield "4-bit product, fused", fused, f"bitsandbytes {bitsandbytes}" if fused else no_card
     yield "8-bit AdamW, paged to host memory", usable, "train.optimizer = paged-adamw-8bit" if usable else no_card
     limited = sys.platform == "linux"
-    yield "memory limit of rewards", limited, "rewards.memory" if limited else "this system keeps no such limit"
+    yield "memory limit of rewards", limited, "rewards.memory" if limited else "not available on this system"
     triton = importlib.util.find_spec("triton") is not None
     windows = "pip install triton-windows" if sys.platform == "win32" else "it comes with torch's CUDA build"
     yield "Triton", triton and usable, "for unsloth and TRL only" if triton else f"not installed; {windows}"
@@ -191,12 +195,14 @@ def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Prob
     """What these options need and this machine lacks."""
     model, usable = config.model, card is not None and card["usable"]
     if model.device == "cuda" and not usable:
-        yield Problem("model.device = cuda, but torch can use no card", "--set model.device=auto", fatal=True)
+        yield Problem("model.device = cuda, but torch can use no CUDA card", "--set model.device=auto", fatal=True)
     on_card = usable and model.device != "cpu"
     if on_card and card and model.dtype == "bfloat16" and not card["bf16"]:
-        yield Problem("model.dtype = bfloat16, which the card only emulates, slowly", "--set model.dtype=auto")
+        yield Problem("model.dtype = bfloat16, which this card only emulates: slow", "--set model.dtype=auto")
     if model.backend == "unsloth" and not (on_card and importlib.util.find_spec("unsloth")):
-        yield Problem("model.backend = unsloth needs a card and its package", "--set model.backend=auto", fatal=True)
+        yield Problem(
+            "model.backend = unsloth needs a CUDA card and the package unsloth", "--set model.backend=auto", fatal=True
+        )
     try:
         gguf_behind(model.name)
     except LiteError as error:
@@ -205,10 +211,10 @@ def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Prob
     for source in filter(None, (config.data.source, config.data.eval_source)):
         package = _package_of(source)
         if package and importlib.util.find_spec(package) is None:
-            mend = 'pip install "lite-trgrpo[data]"'
-            yield Problem(f"{source} needs the package {package}", mend, fatal=True)
+            fix = 'pip install "lite-trgrpo[data]"'
+            yield Problem(f"{source} needs the package {package}", fix, fatal=True)
     if config.train.memory is not None and not on_card and sys.platform != "linux":
-        yield Problem("train.memory: this system cannot limit a process on CPU", "leave it unset")
+        yield Problem("train.memory has no effect: this system cannot limit the memory of a process", "leave it unset")
 
 
 def _package_of(source: str) -> str | None:
@@ -223,4 +229,4 @@ def _package_of(source: str) -> str | None:
 def _of_disk() -> Iterator[Problem]:
     for place, free in _disk().items():
         if free < LOW_DISK:
-            yield Problem(f"{free / 2**30:.1f} GB of disk are free for {place}", "make room")
+            yield Problem(f"{free / 2**30:.1f} GB of free disk for {place}", "make room")

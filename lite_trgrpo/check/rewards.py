@@ -31,7 +31,7 @@ def before_training(examples: Sequence[Example], heldout: int, scorer: Scorer, c
     reports = of_data(examples, heldout, config), of_rewards(examples, scorer, config)
     if broken := [finding for report in reports for finding in report.broken]:
         reasons = "\n".join(f"{finding.problem}: {finding.text}" for finding in broken)
-        raise RunError(f"{reasons}\nTo train all the same: --set train.preflight=false")
+        raise RunError(f"{reasons}\nTo train anyway: --set train.preflight=false")
     return [f"warning: {finding.problem}: {finding.text}" for report in reports for finding in report.findings]
 
 
@@ -114,7 +114,7 @@ def of_rewards(examples: Sequence[Example], scorer: Scorer, config: Config) -> R
         found.append(Finding(
             "some gold answers not accepted",
             f"{len(rows) - len(good)} of {len(rows)} gold answers do not get full marks, e.g. "
-            f"{short(odd.columns.get('answer'))} ({odd.origin}): mend these rows",
+            f"{short(odd.columns.get('answer'))} ({odd.origin}): correct these rows",
             stops=False,
         ))  # fmt: skip
     return Report(facts, found)
@@ -146,7 +146,7 @@ def _failing(groups: Sequence[Group], what: str) -> Finding | None:
         kinds = [kind for group in groups for kind in group.failures.get(name, {}).values()]
         if len(kinds) > SOME * answers:
             does = {"timeout": "takes too long", "crash": "ends its process"}.get(kinds[0], "raises an error")
-            text = f"'{name}' {does} on {len(kinds)} of {answers} {what}: mend the function, which has to "
+            text = f"'{name}' {does} on {len(kinds)} of {answers} {what}: correct the function, which must "
             return Finding("the reward fails", f"{text}return a number for any text", len(kinds) == answers)
     return None
 
@@ -266,7 +266,7 @@ def _why_junk(facts: Mapping[str, Any], values: set[float], config: Config) -> l
     names = findings.names(config)
     if len(values) == 1 and (value := min(values)) > 0:
         return [Finding(CONSTANT, f"{names} gives {value:g} to everything, empty answers and gold ones alike, so "
-                        "nothing can be learned: mend the function or take another in rewards.functions")]  # fmt: skip
+                        "nothing can be learned: fix the function, or name another in rewards.functions")]  # fmt: skip
     found = []
     for kind, fact in facts.items():
         share = fact["as_good_as_gold"] / fact["rows"]
@@ -276,7 +276,7 @@ def _why_junk(facts: Mapping[str, Any], values: set[float], config: Config) -> l
         found.append(Finding(
             "length is rewarded" if long else "junk is rewarded",
             f"{kind} gets {fact['reward']:.2f} on average from {names}, in {fact['as_good_as_gold']} of {fact['rows']} "
-            "rows no less than the gold answer, and a model will find that out: mend the function or take another in "
+            "rows no less than the gold answer, and a model will find that out: fix the function, or name another in "
             "rewards.functions" + (", or set rewards.truncated_max_zero = true" if long else ""),
             stops=share >= NEARLY_ALL,
         ))  # fmt: skip

@@ -69,7 +69,7 @@ def _why(facts: Mapping[str, Any], groups: Sequence[Group], scorer: Scorer, conf
     elif facts["solved"] == 0 and dead:
         yield Finding(
             "nothing is solved",
-            f"none of {count} answers is right, and {findings.names(config)} tells none from another: take easier "
+            f"none of {count} answers is right, and {findings.names(config)} gives all of them the same: take easier "
             "prompts or a larger base, or give part of the reward for part of the way in rewards.functions",
         )
     elif dead:
@@ -90,9 +90,9 @@ def _cut_off(facts: Mapping[str, Any], dead: bool, config: Config) -> Finding:
             dead,
         )
     return Finding(
-        "answers are cut off",
-        f"{facts['truncated']:.0%} of {facts['answers']} answers were cut off at rollout.max_new_tokens = {cap}: raise "
-        f"it, e.g. to {4 * cap}, or ask for short answers in data.system",
+        "answers are truncated",
+        f"{facts['truncated']:.0%} of {facts['answers']} answers were truncated at rollout.max_new_tokens = {cap}: "
+        f"raise it, e.g. to {4 * cap}, or ask for short answers in data.system",
         dead,
     )
 

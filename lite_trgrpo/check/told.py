@@ -35,7 +35,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         for finding in report["findings"]:
             yield f"{'STOP' if finding['stops'] else 'warning':8} {finding['problem']}: {finding['text']}"
     if result["works"]:
-        yield f"ok       nothing speaks against training ({result['seconds']:.0f} s)"
+        yield f"ok       No problems found ({result['seconds']:.0f} s)"
 
 
 def _scan(found: Mapping[str, Any]) -> str:

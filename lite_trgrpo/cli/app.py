@@ -22,24 +22,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-presets_app = typer.Typer(help="The presets that come with lite-trgrpo.", no_args_is_help=True)
+presets_app = typer.Typer(help="List or print the presets that come with lite-trgrpo.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
 
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", help="A preset by name: see `lite-trgrpo presets list`")
+    str | None, typer.Option("--preset", "-p", help="Preset to start from (`lite-trgrpo presets list`)")
 ]
 ObjectiveOption = Annotated[
-    str | None, typer.Option("--objective", help="An objective recipe: see `lite-trgrpo presets list --objectives`")
+    str | None, typer.Option("--objective", help="Objective recipe (`lite-trgrpo presets list --objectives`)")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A TOML file of options, laid over the preset")
+    Path | None, typer.Option("--config", "-c", help="TOML file of options; they win over the preset")
 ]
 SetOption = Annotated[
-    list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="One option; may be repeated")
+    list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Set one option; may be repeated")
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="train.seed")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Set train.seed")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON")]
-AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a Hub id")]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="LoRA adapter to load: a folder or a Hub id")
+]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -87,7 +89,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 VramOption = Annotated[
-    str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card of this size, e.g. 8GB")
+    str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a card with this much memory, e.g. 8GB")
 ]
 
 

@@ -23,12 +23,12 @@ def chat(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     set_: SetOption = [],  # noqa: B006
-    compare: Annotated[bool, typer.Option("--compare", help="Ask the base too: the same question to both")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the base model the same questions")] = False,
 ) -> None:
-    """Talk to the model, with or without an adapter. An empty line ends it.
+    """Talk to a model, with or without an adapter. An empty line ends the conversation.
 
-    An adapter in a run's folder brings that run's options, where no preset or config is given. `/gold 42` scores the
-    last answer against that gold one, `/new` begins a new conversation.
+    Without --preset or --config, an adapter in a run folder is used with the options of that run. `/gold 42` scores the
+    last answer against that gold one, `/new` starts a new conversation.
     Example: lite-trgrpo chat --adapter runs/demo/adapter --compare
     """
     from lite_trgrpo.config import loading

@@ -30,26 +30,28 @@ SECTIONS = ("machine", "memory", "rewards")  # of check, in the order they are l
 @command
 def check(
     sections: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION", help="machine, memory, rewards; all if none is named")
+        list[str] | None, typer.Argument(metavar="SECTION", help="machine, memory or rewards; default: all of them")
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
     vram: VramOption = None,
-    fit: Annotated[Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit to a file")] = None,
+    fit: Annotated[
+        Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit into this file")
+    ] = None,
     scan: Annotated[
-        int, typer.Option("--scan", min=0, help="Measure how often the base solves so many training prompts")
+        int, typer.Option("--scan", min=0, help="Measure how often the base solves each of N training prompts")
     ] = 0,
     scan_file: Annotated[
-        Path | None, typer.Option("--scan-file", help="Where that is kept; default beside the data")
+        Path | None, typer.Option("--scan-file", help="File for the result; default: beside the data")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Before a run: can it run here, will it fit, can it learn? Exit code 1 if not, with what to change.
+    """Check a run before it starts: can it run here, does it fit, can it learn? Exit code 1 if not.
 
-    machine: card, versions, paths taken; all there is without a preset.
-    memory: by part, before any weight is loaded.
-    rewards: right answers must get full marks, junk less; then a few answers of the base.
+    machine: graphics card, versions and fast paths. Needs no preset.
+    memory: what each part will take. No weights are loaded.
+    rewards: tries right answers and junk, then samples a few answers from the base.
     Example: lite-trgrpo check
     Example: lite-trgrpo check --preset math-1.5b --vram 8GB
     Example: lite-trgrpo check rewards --preset demo --scan 500
@@ -67,7 +69,7 @@ def check(
     fine = True
     for section in sections or only:
         if not fine:
-            print(f"{section} was not looked at, for what is wrong already", file=sys.stderr)
+            print(f"Skipped the {section} check: fix the problem above first", file=sys.stderr)
         elif section == "machine":
             results[section], fine = _check_machine(loaded, as_json)
         elif loaded is None:

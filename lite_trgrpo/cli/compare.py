@@ -25,14 +25,14 @@ def compare(
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
-    seeds: Annotated[str, typer.Option("--seeds", help="Values of train.seed, separated by commas")] = "0,1,2",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the arms, table and figure")] = Path(
-        "runs/compare"
-    ),
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas")] = "0,1,2",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the runs, the table and the figure")
+    ] = Path("runs/compare"),
 ) -> None:
-    """Train the same run under several objectives: same prompts, same initial weights, same seeds.
+    """Train with several objectives from the same prompts, initial weights and seeds, and compare.
 
-    Stopped and called again it goes on where it was.
+    Run the same command again to continue after an interruption.
     Example: lite-trgrpo compare --preset demo --objectives grpo,constant,tr-grpo,reverse
     """
     from lite_trgrpo.config import loading

@@ -27,11 +27,11 @@ def diagnose(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     set_: SetOption = [],  # noqa: B006
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to sample groups for")] = 8,
-    figure: Annotated[Path | None, typer.Option("--figure", help="Draw it into this .svg or .png file")] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Number of training prompts to sample")] = 8,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the result into this .svg or .png file")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure on your model whether unlikely tokens dominate the gradient, and what the weights change.
+    """Measure how much of the gradient unlikely tokens contribute, with and without token weights.
 
     Example: lite-trgrpo diagnose --preset demo --figure diagnosis.svg
     """

@@ -24,11 +24,13 @@ def evaluate(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     set_: SetOption = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, each row with its answer")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the scores and every row with its answer as JSON")
+    ] = False,
 ) -> None:
-    """Score an adapter, or the base without one, on held-out rows of any source.
+    """Score an adapter, or the base model, on held-out rows.
 
-    An adapter in a run's folder brings that run's options, where no preset or config is given.
+    Without --preset or --config, an adapter in a run folder is used with the options of that run.
     Example: lite-trgrpo eval --adapter runs/demo/adapter
     """
     from lite_trgrpo.config import loading

@@ -11,17 +11,19 @@ from lite_trgrpo.cli.app import app, command
 @app.command()
 @command
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run", metavar="RUN")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merged 16-bit safetensors too")] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="A GGUF and an Ollama Modelfile too (needs llama.cpp)")] = False,
-    gguf_type: Annotated[str, typer.Option("--gguf-type", help="q8_0, f16 or q4_k_m")] = "q8_0",
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run", metavar="RUN")],
+    merge: Annotated[bool, typer.Option("--merge", help="Also write merged 16-bit weights")] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also write a GGUF and an Ollama Modelfile (needs llama.cpp)")
+    ] = False,
+    gguf_type: Annotated[str, typer.Option("--gguf-type", help="GGUF type: q8_0, f16 or q4_k_m")] = "q8_0",
     push: Annotated[
-        str | None, typer.Option("--push", metavar="USER/REPO", help="Put it on the Hugging Face Hub")
+        str | None, typer.Option("--push", metavar="USER/REPO", help="Upload to this Hugging Face Hub repository")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Of the repository on the Hub")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and stop")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the Hub repository as private")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files and the model card, and stop")] = False,
 ) -> None:
-    """Write RUN/export: the adapter as others load it, loaded again in a fresh process and compared.
+    """Export the adapter of a run to RUN/export. Every export is reloaded and compared before it is kept.
 
     Example: lite-trgrpo export runs/demo --merge --push USER/REPO
     """
@@ -38,7 +40,7 @@ def export(
     if dry_run:
         files, text = hub.preview(found, resolved, wanted, push)
         print("\n".join([*files, "", text]), end="")
-        screen.say("nothing was written or sent")
+        screen.say("Nothing was written or sent")
         return
     report = hub.deliver(found, resolved, wanted, push, private, screen.say)
     screen.show([screen.export_table(report)])

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 @app.command()
 @command
 def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Your data: .jsonl, .csv or .parquet")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data file: .jsonl, .csv or .parquet")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The config to write; default NAME.toml for NAME.jsonl")
+        Path | None, typer.Option("--output", "-o", help="Config file to write; default: NAME.toml for NAME.jsonl")
     ] = None,
     vram: VramOption = None,
 ) -> None:
-    """Look at a data file, guess columns and reward, choose a base for this machine, and write a config for it.
+    """Write a config for a data file: finds the columns, chooses a reward and a base for this machine.
 
     Example: lite-trgrpo init examples/own_data.jsonl
     """
     output = output or Path(f"{file.stem}.toml")
     if output.exists():
-        raise typer.BadParameter(f"{output} is there already; move it away, or give another --output")
+        raise typer.BadParameter(f"{output} already exists. Type --output with another name")
     size = size_in_bytes(vram)
     from lite_trgrpo.check import proposal
     from lite_trgrpo.terminal import screen

@@ -10,9 +10,9 @@ from lite_trgrpo.cli.app import command, presets_app
 @presets_app.command(name="list")
 @command
 def presets_list(
-    objectives: Annotated[bool, typer.Option("--objectives", help="List the objective recipes instead")] = False,
+    objectives: Annotated[bool, typer.Option("--objectives", help="List objective recipes instead")] = False,
 ) -> None:
-    """What each preset teaches, on which card, how long; or each objective's formula and source.
+    """List the presets with task, base, card and time; or the objectives with formula and source.
 
     Example: lite-trgrpo presets list
     """
@@ -24,8 +24,8 @@ def presets_list(
 
 @presets_app.command(name="show")
 @command
-def presets_show(name: Annotated[str, typer.Argument(help="A preset's or objective's name")]) -> None:
-    """Print a preset's file: a start for your own (--config).
+def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset or an objective")]) -> None:
+    """Print a preset as TOML, a start for your own config.
 
     Example: lite-trgrpo presets show demo
     """

@@ -12,21 +12,19 @@ from lite_trgrpo.cli.app import app, command
 @command
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs; none: list those in runs/", metavar="[RUN ...]")
+        list[Path], typer.Argument(help="Run folders; none: list the runs in runs/", metavar="[RUN ...]")
     ] = [],  # noqa: B006
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file of a comparison; default comparison.html")
+        Path | None, typer.Option("--output", "-o", help="File for a comparison; default: comparison.html")
     ] = None,
 ) -> None:
-    """Write RUN/report.html and print its path; of several runs a comparison; without any list what there is.
+    """Write the HTML report of a run, or a comparison of several. Without a run, list all runs.
 
-    `train` writes it too, at every checkpoint and at the end.
+    `train` also writes RUN/report.html at every checkpoint and at the end.
     Example: lite-trgrpo report runs/demo
     """
     if output is not None and len(runs) < 2:
-        raise typer.BadParameter(
-            "--output is for a comparison: name two runs or more; one run's report is in its folder"
-        )
+        raise typer.BadParameter("--output needs two runs or more; the report of one run is in its folder")
     if not runs:
         from lite_trgrpo.store import listing
 

@@ -26,25 +26,23 @@ def train(
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006 (typer copies it)
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run folder; default runs/PRESET-TIME")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/PRESET-TIME")] = None,
     objective: ObjectiveOption = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="train.steps")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Set train.steps")] = None,
     seed: SeedOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved options and stop")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or with the newest unfinished one")] = False,
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run's folder")] = None,
-    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Stop after so many hours, resumably")] = None,
-    stop_at: Annotated[
-        str | None, typer.Option("--stop-at", metavar="HH:MM", help="Stop at this time of day, resumably")
-    ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="A line a step instead of the live panel")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Metrics and evaluations as JSON lines on stdout, for scripts")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print all options as they would be used, and stop")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue RUN, or the newest unfinished run")] = False,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder to continue (with --resume)")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="Save and stop after this many hours")] = None,
+    stop_at: Annotated[
+        str | None, typer.Option("--stop-at", metavar="HH:MM", help="Save and stop at this time of day")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Print one line per step instead of the live panel")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics and evaluations as JSON lines")] = False,
 ) -> None:
-    """Train a LoRA adapter. On a terminal a live panel shows how it goes.
+    """Train a LoRA adapter, with a live panel on a terminal.
 
     Example: lite-trgrpo train --preset demo
     """
@@ -56,7 +54,7 @@ def train(
     named = {"train.steps": steps, "train.seed": seed}
     if resume:
         if preset or config or output or objective:
-            raise typer.BadParameter("--resume takes its options from the run; change one with --set SECTION.KEY=VALUE")
+            raise typer.BadParameter("--resume takes its options from the run. Change one with --set SECTION.KEY=VALUE")
         from lite_trgrpo.store import resuming
 
         run = resuming.to_resume(run)
@@ -64,11 +62,15 @@ def train(
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
     elif run and run.suffix == ".toml":
-        raise typer.BadParameter(f"'{run}' stands alone: type --config {run}")
+        raise typer.BadParameter(f"unexpected argument '{run}'. Did you mean --config {run}?")
     elif run and run.is_file():
-        raise typer.BadParameter(f"'{run}' is a file: type lite-trgrpo init {run}, or --config {run} for options")
+        raise typer.BadParameter(
+            f"unexpected argument '{run}'. For data type: lite-trgrpo init {run}; for options: --config {run}"
+        )
     elif run:
-        raise typer.BadParameter(f"'{run}' stands alone: type --preset {run}, or --resume {run} to go on with a run")
+        raise typer.BadParameter(
+            f"unexpected argument '{run}'. Did you mean --preset {run}, or --resume {run} to continue a run?"
+        )
     else:
         resolved = loading.load(preset, config, set_, named, objective)
     if dry_run:

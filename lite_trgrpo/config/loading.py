@@ -111,7 +111,7 @@ def adapter_folder(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((".", "runs/")):
-        raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); give one that exists, or a Hub id")
+        raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); type an existing folder, or a Hub id")
     return None
 
 
@@ -207,7 +207,7 @@ def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) ->
     }
     if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
         raise ConfigError(
-            f"{'; '.join(refused)}: a run keeps this to its end. Start a new one from its adapter with "
+            f"{'; '.join(refused)}: this cannot change in a resumed run. Start a new one from its adapter with "
             f"--set 'model.adapter=\"{folder / 'adapter'}\"'. What may change: {', '.join(sorted(MAY_CHANGE))}"
         )
     return after, list(changed.values())
@@ -217,7 +217,7 @@ def lay_over(merged: Settings, path: Path) -> None:
     """Put the options of a file over those in `merged`, each under the name that it has today."""
     for section, values in read_toml(path).items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: '{section}' stands outside a section; sections are {list(SECTIONS)}")
+            raise ConfigError(f"{path}: '{section}' is outside a section; sections are {list(SECTIONS)}")
         for key, value in values.items():
             _put(merged, section, key, value)
 

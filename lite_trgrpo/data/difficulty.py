@@ -41,7 +41,7 @@ def read(path: Path, model: str | None = None) -> Rates:
             row = json.loads(text)
             prompt, counts, by = str(row["prompt"]), (int(row["solved"]), int(row["tried"])), row["model"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}:{number} is no line of a scan; delete the file and scan again") from None
+            raise DataError(f"{path}:{number} is not a line of a scan. Delete the file and scan again") from None
         if model is not None and by != model:
             raise DataError(f"{path} was made with {by}, not {model}; give another --scan-file, or delete it")
         found[prompt] = counts

@@ -99,7 +99,7 @@ def _example(row: Mapping[str, Any], origin: str, data: Data) -> Example:
         example.text.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{origin}: the prompt holds half a surrogate pair, which is no text; write the file anew"
+            f"{origin}: the prompt contains invalid Unicode (a lone surrogate). Write the file again as UTF-8"
         ) from None
     return example
 

@@ -165,7 +165,7 @@ class Sandbox:
         sample = f"{group.example.origin}, completion {text if len(text) <= 80 else text[:79] + '…'}"
         what = f"reward '{name}' {failure.detail} for {sample}"
         if self._on_failure == "fail":
-            raise RewardError(f"{what}. Mend it, or set rewards.on_failure to skip or to a number")
+            raise RewardError(f"{what}. Fix it, or set rewards.on_failure to skip or to a number")
         if (name, failure.kind) not in self._told:
             self._told.add((name, failure.kind))
             given = "counts as ungradable" if self._on_failure == "skip" else f"gets {self._on_failure:g}"
@@ -242,6 +242,6 @@ def _read(reply: Mapping[str, Any]) -> list[float] | Failure:
 
 
 def _refusal(reply: Mapping[str, Any]) -> Exception:
-    """A RewardError of the worker, which is the person's to mend."""
+    """A RewardError of the worker, which the person has to fix."""
     kind, message = reply["refused"]
     return REFUSALS[kind](message)

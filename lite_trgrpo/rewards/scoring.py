@@ -87,7 +87,7 @@ def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
     except Exception as error:
         raise FunctionRaisedError(
             f"reward '{reward.name}' raised {type(error).__name__}: {' '.join(str(error).split())} "
-            f"(first row of the batch: {groups[0].example.origin}). Mend the function, or return None for an "
+            f"(first row of the batch: {groups[0].example.origin}). Fix the function, or return None for an "
             "answer that cannot be graded"
         ) from error
     samples = [(group, completion) for group in groups for completion in group.completions]

@@ -19,7 +19,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         pid = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "?"
-        raise RunError(f"{folder} is in use by process {pid}: wait until it has ended, or stop it") from None
+        raise RunError(f"{folder} is in use by process {pid}: wait for it, or stop it") from None
     except OSError as error:
         raise RunError(f"cannot write into {folder}: {error.strerror}; free it, or give --output another one") from None
     except NotImplementedError:

@@ -16,7 +16,7 @@ def to_resume(run: Path | None) -> Path:
     """The folder of this run, or of the newest unfinished one in `runs`."""
     if run is None:
         run = newest_unfinished(Path("runs"))
-        logger.info(f"going on with {run}")
+        logger.info(f"Continuing {run}")
     return Run.existing(run).folder
 
 
@@ -29,7 +29,7 @@ def newest_unfinished(folder: Path) -> Path:
         if found is None or not checkpoint.is_complete(found):
             return run
     raise RunError(
-        f"no unfinished run in {folder.absolute()}; a finished one goes on with --resume RUN and a larger --steps"
+        f"no unfinished run in {folder.absolute()}; continue a finished one with --resume RUN and a larger --steps"
     )
 
 
@@ -39,14 +39,14 @@ def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
     A complete run is refused.
     """
     for path in checkpoint.torn(run.checkpoints):
-        logger.info(f"{path} is damaged and was passed over")
+        logger.info(f"{path} is damaged and was skipped")
     found = checkpoint.newest(run.checkpoints)
     if found is None and any(run.checkpoints.glob("step-*")):
         raise RunError(f"{run.folder} has no whole checkpoint to continue from; start again with another --output")
     done = 0 if found is None else checkpoint.steps_done(found)
     if found is not None and (done > steps or (done == steps and checkpoint.is_complete(found))):
-        raise RunError(f"{run.folder} has done {done} steps of {steps}; type --steps with a larger number")
-    logger.info(f"going on after step {done} of {steps}")
+        raise RunError(f"{run.folder} has done {done} of {steps} steps. Type --steps with a larger number")
+    logger.info(f"Continuing after step {done} of {steps}")
     return found, done
 
 
@@ -55,9 +55,9 @@ def compare_facts(run: Run, facts: Mapping[str, Any]) -> None:
     before = run.facts()
     if before.get("prompts", facts["prompts"]) != facts["prompts"]:
         raise RunError(
-            f"the rows are no longer those that {run.folder} was started with ({before['prompts']} then, "
+            f"the data have changed since {run.folder} was started ({before['prompts']} then, "
             f"{facts['prompts']} now): put the data back, or start again with another --output"
         )
     for key in ("revision", "device", "dtype", "versions"):
         if before.get(key, facts[key]) != facts[key]:
-            logger.warning(f"{key} was {before[key]}, now it is {facts[key]}: the run goes on, but not bit for bit")
+            logger.warning(f"{key} was {before[key]}, now it is {facts[key]}: the run continues, but not bit for bit")

@@ -14,7 +14,7 @@ from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.store.disk import sync, write_whole
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
-AFTERWARDS = "checkpoints made before are intact: mend that, then go on with `lite-trgrpo train --resume`"
+AFTERWARDS = "checkpoints made before are intact: fix that, then continue with `lite-trgrpo train --resume`"
 
 
 class Run:

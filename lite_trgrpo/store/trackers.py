@@ -55,7 +55,7 @@ def tracked(
                     act()
         except Exception as error:  # as above; hours of training must not be lost with it
             working = False
-            logger.warning(f"{kind} has failed and gets nothing more from this run: {first_line(error)}")
+            logger.warning(f"{kind} failed and gets no more metrics from this run: {first_line(error)}")
 
     try:
         yield lambda line: guarded(lambda: log(line["step"], numbers(line)))

@@ -59,12 +59,12 @@ def _check(arms: Arms, folder: Path) -> None:
             same = [other for other in names[:i] if arms[other, seed] == arms[name, seed]]
             if same:
                 raise RunError(
-                    f"{same[0]} and {name} are the same options: --set or a file decides what they differ in"
+                    f"{same[0]} and {name} have the same options, because --set or the file overrides what differs"
                 )
     for (name, seed), config in arms.items():
         path = folder / f"{name}-s{seed}" / "config.toml"
         if path.exists() and _unpinned(load(file=path)) != _unpinned(config):
-            raise RunError(f"{path.parent} was trained with other options; give --output another folder")
+            raise RunError(f"{path.parent} was trained with other options. Type --output with another folder")
 
 
 def _unpinned(config: Config) -> Config:

@@ -115,7 +115,9 @@ def measure_gradients(config: Config, prompts: int) -> dict[str, Any]:
         groups, _ = loop.rollout(config, policy, training, scoring, step=0, clock={"rollout_s": 0.0, "reward_s": 0.0})
     rows = prepare_rows(groups, config.objective, config.rollout.max_new_tokens)
     if not rows:
-        raise RunError("no group has a spread of rewards, so there is no gradient to look at; try more --prompts")
+        raise RunError(
+            "no group has answers of different reward, so there is no gradient to measure. Try more --prompts"
+        )
     temperature, budget = config.rollout.temperature, config.train.micro_batch_tokens
     result = quartile_gradients(policy, rows, config.objective, temperature, budget)
     result["single_tokens"] = token_gradient_norms(policy, rows, temperature, tokens=96)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CHATTING = 2  # stream of random numbers, beside the trainer's
 GOLD, NEW = "/gold", "/new"
-HELP = f"it sees the whole conversation; {NEW} begins another, {GOLD} ANSWER scores the last answer, an empty line ends"
+HELP = f"{NEW} starts another conversation, {GOLD} ANSWER scores the last answer, an empty line ends"
 INCOMPLETE = "\ufffd"  # what a decoder makes of a character whose bytes are not all there yet
 
 

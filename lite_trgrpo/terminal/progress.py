@@ -23,8 +23,8 @@ Line = Mapping[str, Any]
 def introduce(config: Config, device: torch.device, weights: int, prompts: Line, first: Prompt, folder: str) -> None:
     """What is about to be trained on what, and one prompt as the model reads it."""
     if device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
-        say("warning: there is an NVIDIA card, but this torch cannot use it, so the CPU is used; install a CUDA "
-            "build (pytorch.org/get-started), or say --set model.device=cpu if that is meant")  # fmt: skip
+        say("warning: this torch cannot use the NVIDIA card, so the CPU is used. Install a CUDA build "
+            "(pytorch.org/get-started), or type --set model.device=cpu to silence this")  # fmt: skip
     say(
         f"{config.model.name} on {device}, {weights:,} trainable weights; {prompts['training']} prompts, "
         f"{prompts['heldout']} held out, {prompts['too_long']} too long and left out\nrun folder {folder}\n"

@@ -201,7 +201,7 @@ def memory_line(plan: Mapping[str, Any]) -> str:
         return f"fits: {taken}"
     if plan["changes"] is None:
         return f"does not fit: {taken}; lower rollout.max_new_tokens or data.max_prompt_tokens, or take a smaller model"
-    return f"does not fit: {taken}; it does with {', '.join(plan['changes'])}"
+    return f"does not fit: {taken}. It fits with {', '.join(plan['changes'])}"
 
 
 def past_line(before: Mapping[str, Any]) -> str:
@@ -209,8 +209,8 @@ def past_line(before: Mapping[str, Any]) -> str:
     hours = before["hours"]
     whole = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} min"
     return (
-        f"as {before['run']} went: about {before['step_s']:.1f} s a step, {whole} in all; that run took "
-        f"{before['peak'] / 2**30:.1f} GB at its peak"
+        f"Estimate from {before['run']}: {before['step_s']:.1f} s per step, {whole} in total, peak "
+        f"{before['peak'] / 2**30:.1f} GB"
     )
 
 
@@ -243,7 +243,7 @@ def show(tables: Iterable[Table]) -> None:
 
 
 def machine_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """`machine.machine`'s result: what there is, which paths are taken, what to mend."""
+    """`machine.machine`'s result: what there is, which fast paths are taken, problems with a fix for each."""
     system, card, backend = found["system"], found["card"], found["backend"]
     table = Table(title="machine", title_justify="left", show_header=False)
     table.add_row("system", f"{system['name']}, Python {system['python']}, {system['cores']} cores")
@@ -268,11 +268,11 @@ def machine_tables(found: Mapping[str, Any]) -> Iterator[Table]:
         paths.add_row(name, "yes" if path["used"] else "no", path["why"])
     yield paths
     if found["problems"]:
-        problems = Table(title="to mend", title_justify="left")
+        problems = Table(title="Problems", title_justify="left")
         for column in ("", "problem", "type or do"):
             problems.add_column(column, overflow="fold")
         for problem in found["problems"]:
-            problems.add_row("stops it" if problem["fatal"] else "", Text(problem["what"]), Text(problem["mend"]))
+            problems.add_row("blocking" if problem["fatal"] else "", Text(problem["what"]), Text(problem["fix"]))
         yield problems
 
 

@@ -76,7 +76,7 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
     return {
         "finite": (
             lambda line: line["updates_skipped"] > 0,
-            "loss, gradient or a probability was no finite number, so nothing was learned from the step. If it lasts, "
+            "loss, gradient or a probability was not a finite number, so the update was skipped. If it lasts, "
             "lower train.learning_rate or set model.dtype to float32",
         ),
         "entropy": (
@@ -95,7 +95,7 @@ def _limits(options: Guards) -> dict[str, tuple[Callable[[Line], bool | None], s
         ),
         "truncated": (
             lambda line: line["truncated"] >= TRUNCATED,
-            "nearly every answer is cut off by the token cap. Raise rollout.max_new_tokens; if it was better before, "
+            "nearly every answer is truncated. Raise rollout.max_new_tokens; if it was better before, "
             "lower train.learning_rate",
         ),
     }
@@ -188,5 +188,5 @@ def of_first_step(before: Mapping[str, Any], metrics: Mapping[str, Any], config:
         return None
     reason = "look at `lite-trgrpo check rewards` with the same options, take easier prompts or a larger base"
     if before["truncated"] >= NEARLY_ALL:
-        reason = f"{before['truncated']:.0%} were cut off: raise rollout.max_new_tokens"
+        reason = f"{before['truncated']:.0%} were truncated: raise rollout.max_new_tokens"
     return f"no right answer among {answers} held-out ones and no signal in the first step: {reason}"

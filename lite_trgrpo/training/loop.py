@@ -86,7 +86,7 @@ def _probe(job: Job) -> None:
         probe(job.policy, longest, answers, config.rollout.max_new_tokens, config.rollout.temperature, job.limits)
     if job.limits.tokens < before:
         job.listener.warned(
-            f"micro-batches of {before} tokens do not fit in memory; they have at most {job.limits.tokens} now"
+            f"micro-batches of {before} tokens do not fit in memory; from now on they have {job.limits.tokens} at most"
         )
 
 
