@@ -18,6 +18,7 @@ from lite_trgrpo.cli import app
 from lite_trgrpo.config import loading
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.lock import locked
 from tests.toy import ToyPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,7 +327,7 @@ def test_other_changes_are_refused_with_the_way_out(session, run_folder, change,
 def test_resume_alone_takes_the_newest_unfinished_run(session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(tmp_path / "runs") in call("train", "--resume").stderr
-    for age, name in enumerate(["new", "old", "done"]):
+    for age, name in enumerate(["busy", "compare/new", "old", "done"]):  # runs of a comparison lie deeper
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         (folder / "config.toml").write_text(loading.to_toml(loading.load("demo")))
@@ -337,9 +338,10 @@ def test_resume_alone_takes_the_newest_unfinished_run(session, tmp_path, monkeyp
     checkpoint.save(
         tmp_path / "runs" / "done" / "checkpoints", 40, parameters, torch.optim.SGD(parameters.values()), state
     )
-    result = call("train", "--resume")
-    assert str(Path("runs", "new")) in result.stderr
-    assert [resume for _, _, _, resume, *_ in session] == [Path("runs", "new")]
+    with locked(tmp_path / "runs" / "busy"):  # another process works there
+        result = call("train", "--resume")
+    assert str(Path("runs", "compare", "new")) in result.stderr
+    assert [resume for _, _, _, resume, *_ in session] == [Path("runs", "compare", "new")]
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

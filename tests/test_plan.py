@@ -160,6 +160,9 @@ def test_options_that_fit_are_written_to_a_file(tiny_config, tmp_path):
     done = CliRunner().invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--fit", str(file)])
     assert done.exit_code == 0, done.output
     assert loading.load(file=file) == loading.load(file=tiny_config)
+    nowhere = tmp_path / "missing" / "fits.toml"
+    refused = CliRunner().invoke(app, ["check", "--config", str(tiny_config), "--vram", "8GB", "--fit", str(nowhere)])
+    assert refused.exit_code == 2 and "--fit" in refused.output and "Traceback" not in refused.output
 
 
 def test_a_cache_that_is_not_set_is_planned_as_a_run_on_a_card_would_take_it(tiny_config):

@@ -194,6 +194,8 @@ def test_groups_without_signal_are_replaced_in_bounded_rounds(tmp_path):
         first, taught = spread[:5], sum(spread)
         assert len(sampled) == 5 if all(first) else len(sampled) > 5
         assert taught <= 5 and len(sampled) <= 15
+        asked = [group["origin"] for group in sampled]
+        assert set(asked[:5]).isdisjoint(asked[5:]) and len(set(asked[5:])) == len(asked[5:])  # none is asked again
         assert metrics["groups_with_signal"] == taught / len(sampled)
     with pytest.raises(KeyboardInterrupt):
         run_toy(tmp_path / "killed", changes, stop_after=5)

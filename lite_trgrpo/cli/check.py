@@ -109,7 +109,10 @@ def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: b
         if result["past"]:
             print(screen.past_line(result["past"]))
     if fit is not None and fitting is not None:
-        fit.write_text(loading.to_toml(fitting), encoding="utf-8")
+        try:
+            fit.write_text(loading.to_toml(fitting), encoding="utf-8")
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write --fit {fit}: {error.strerror}") from None
         print(f"options that fit: {fit}; train with: lite-trgrpo train --config {fit}", file=sys.stderr)
     return result, result["fits"] or (fit is not None and fitting is not None)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lite_trgrpo.config import loading
 from lite_trgrpo.errors import ConfigError, RunError
-from lite_trgrpo.store.run import Run
+from lite_trgrpo.store.run import Run, run_folders
 
 
 def presets() -> Iterator[str]:
@@ -31,7 +31,7 @@ def objectives() -> Iterator[str]:
 
 def runs(folder: Path) -> Iterator[str]:
     """Lines: of each run below `folder`, oldest first, its name, steps, held-out pass@1 and when its last step was."""
-    found = sorted((_logged(path.parent), path.parent) for path in folder.rglob("config.toml"))
+    found = sorted((_logged(run), run) for run in run_folders(folder))
     names = {run: run.relative_to(folder).as_posix() for _, run in found}
     if not found:
         raise RunError(f"no run in {folder.absolute()}; start one with: lite-trgrpo train --preset demo")

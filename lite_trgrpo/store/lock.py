@@ -30,3 +30,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process works in this run folder."""
+    try:
+        with locked(folder):
+            return False
+    except RunError:
+        return True

@@ -7,7 +7,8 @@ from typing import Any
 
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.store import checkpoint
-from lite_trgrpo.store.run import Run
+from lite_trgrpo.store.lock import in_use
+from lite_trgrpo.store.run import Run, run_folders
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,12 @@ def to_resume(run: Path | None) -> Path:
 
 
 def newest_unfinished(folder: Path) -> Path:
-    """The run that was written last among those in `folder` that are not complete."""
-    runs = [path.parent for path in folder.glob("*/config.toml")]
+    """The run that was written last among those below `folder` that are neither complete nor in use."""
+    runs = run_folders(folder)
     written = {run: max(path.stat().st_mtime for path in run.iterdir()) for run in runs}
     for run in sorted(runs, key=lambda run: written[run], reverse=True):
         found = checkpoint.newest(run / "checkpoints")
-        if found is None or not checkpoint.is_complete(found):
+        if (found is None or not checkpoint.is_complete(found)) and not in_use(run):
             return run
     raise RunError(
         f"no unfinished run in {folder.absolute()}; continue a finished one with --resume RUN and a larger --steps"

@@ -156,6 +156,11 @@ class Run:
             raise RunError(f"cannot write {self.folder / name}: {error.strerror}; {AFTERWARDS}") from None
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Every run below `folder`, however deep: `compare` puts its runs into a folder of their own."""
+    return [path.parent for path in folder.rglob("config.toml")]
+
+
 def _rollout_line(group: Group) -> dict[str, Any]:
     differ = _differ(group)
     return {

@@ -148,7 +148,7 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
         "clock": {**clock, **memory()},
     }
     job.history.append(metrics)
-    norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"] is not None]
+    norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"]]  # 0 or None: no update
     metrics["grad_norm_variance"] = pvariance(norms) if norms else None
     trouble = recovery.watch(job, metrics) or _hopeless(job, metrics)
     job.run.log_step(metrics, groups, job.policy.pieces)
@@ -204,9 +204,12 @@ def rollout(
     wanted = config.train.prompts_per_step
     every: list[Group] = []
     taught: list[Group] = []
+    used: set[int] = set()  # a refill brings no prompt that the step has already
     for refill in range(1 + config.rollout.top_up_rounds):
         missing = wanted - len(taught)
-        numbers = batch(len(training), wanted, config.train.seed, step, refill)[:missing]
+        order = batch(len(training), wanted, config.train.seed, step, refill)
+        numbers = [i for i in order if refill == 0 or i not in used][:missing]
+        used.update(numbers)
         chosen = [training[i] for i in numbers]
         tickets: dict[int, Future[Group]] = {}
         with timed(clock, "rollout_s"):
