@@ -1,4 +1,4 @@
-"""What every command needs first: the model, the rewards, the prompts as the model reads them."""
+"""Build what every command needs first: the model, the rewards, the prompts as the model reads them."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def with_cache(config: Config, policy: "TransformersPolicy") -> Config:
 
 
 def run_facts(policy: "TransformersPolicy", training: Encoded, heldout: Encoded, too_long: int) -> dict[str, Any]:
-    """What was resolved at the start and cannot be read from config.toml."""
+    """Facts resolved at the start that config.toml does not hold."""
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     rows = json.dumps([[e.prompt, dict(e.columns)] for e, _ in (*training, *heldout)], default=str, sort_keys=True)
     return {

@@ -48,6 +48,6 @@ class ExportError(LiteError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without the paragraphs after it."""
+    """The first line of an error of another library, without the full stop."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__

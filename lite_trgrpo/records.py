@@ -1,4 +1,4 @@
-"""What flows through a run. Frozen, plain, free of torch.
+"""The records that flow through a run. Frozen, plain, free of torch.
 
 Letters used in shapes everywhere: P prompts in a step, G completions in a group, B = P*G sequences,
 T completion tokens (padded to the longest), V vocabulary.
@@ -22,7 +22,7 @@ class Example:
     columns: Mapping[str, Any]
     """Every other column of the row, `answer` among them; handed to the reward functions."""
     origin: str
-    """Where the row came from, for messages: `data.jsonl:12`."""
+    """Origin of the row, for messages: `data.jsonl:12`."""
 
     @property
     def text(self) -> str:
@@ -42,7 +42,7 @@ class Prompt:
     text: str
     """The rendered template, special tokens included."""
     prefix: str = ""
-    """What the template already opened of the answer (`<think>`); rewards see it before the completion."""
+    """Start of the answer that the template has already written (`<think>`); rewards see it before the completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,17 @@ class Group:
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Each reward function's own values, unweighted, by name."""
     failures: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """By reward function, the places of the completions that it did not get through: timeout, crash or error."""
+    """Completions at which a reward function failed, by function and place: timeout, crash or error."""
 
     def grades(self) -> Sequence[float]:
-        """What the first function says, which is the one that tells whether an answer is solved; NaN: ungraded."""
+        """Values of the function that decides what is solved (it comes first); NaN: ungraded."""
         return next(iter(self.parts.values()))
 
     def graded(self) -> int:
         return sum(grade == grade for grade in self.grades())  # NaN is not equal to itself
 
     def solved(self, solved_at: float) -> list[bool]:
-        """Of each completion; an ungraded one is not."""
+        """Whether each completion is solved; an ungraded one is not."""
         return [grade >= solved_at for grade in self.grades()]
 
 

@@ -1,4 +1,4 @@
-"""What a command does once its options are known: load everything, check it, run it, show it."""
+"""Train and evaluate: the order in which a run happens, once its options are known."""
 
 import logging
 from contextlib import ExitStack
@@ -92,7 +92,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
 
 
 def _panel(config: Config, run: Run, done: int | None, limit: int) -> Panel:
-    """With what an earlier part of the run did, up to the step `done` whose checkpoint it goes on from."""
+    """A panel that holds what an earlier part of the run did, up to the step `done` from which it continues."""
     kept = -1 if done is None else done
     return Panel(
         run.folder.name, config.train.steps, config.eval.every, config.rollout.max_new_tokens, limit,
@@ -140,7 +140,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _warn_of_trained_rows(config: Config) -> None:
-    """Where other rows are held out than in the adapter's own run, some of them are rows that it was trained on."""
+    """Warn if other rows are held out than in the adapter's own run: it was trained on some of them."""
     file = Path(config.model.adapter or "").expanduser().parent / "config.toml"
     if config.model.adapter is None or config.data.eval_source or config.data.eval_split or not file.is_file():
         return

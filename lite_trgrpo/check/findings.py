@@ -1,4 +1,4 @@
-"""What was looked at before a run, and what is wrong with it."""
+"""Findings of the checks before a run."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +18,16 @@ class Finding:
     """Something is wrong, or odd."""
 
     problem: str
-    """In a few words, the same for the same mistake."""
+    """Name of the mistake, in a few words."""
     text: str
-    """What was seen, and the setting to change."""
+    """The observation, and the setting to change."""
     stops: bool = True
     """Training cannot work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was looked at, in numbers for JSON, and what is wrong with it."""
+    """Numbers of a check, for JSON, and its findings."""
 
     facts: Mapping[str, Any]
     findings: Sequence[Finding]
@@ -44,7 +44,7 @@ class Report:
 
 
 def known(values: Iterable[float]) -> list[float]:
-    """Without those that could not be graded."""
+    """The values that could be graded."""
     return [value for value in values if not math.isnan(value)]
 
 
@@ -69,7 +69,7 @@ def other_columns(example: Example, config: Config) -> list[str]:
 
 
 def answered_by(example: Example, column: str) -> Example:
-    """As if `data.answer` were this column."""
+    """The example as if `data.answer` were this column."""
     return replace(example, columns={**example.columns, "answer": example.columns.get(column)})
 
 
@@ -77,7 +77,7 @@ def answered_by(example: Example, column: str) -> Example:
 
 
 def names(config: Config) -> str:
-    """Of the functions that count."""
+    """Names of the functions whose weight is not 0, quoted."""
     return ", ".join(f"'{name}'" for name, weight in config.rewards.functions.items() if weight)
 
 

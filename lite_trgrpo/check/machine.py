@@ -1,4 +1,4 @@
-"""What this machine has, which fast paths a run would take on it, and what stands in the way."""
+"""Report what this machine has, which fast paths a run would take on it, and the problems."""
 
 import importlib.util
 import os
@@ -43,7 +43,7 @@ LOW_DISK = 5 * 2**30  # a small base and its checkpoints
 class Problem:
     what: str
     fix: str
-    """What to type or do."""
+    """Command to type, or thing to do."""
     fatal: bool = False
     """Whether nothing, or nothing of the options asked about, can run."""
 
@@ -158,7 +158,7 @@ def _free(folder: Path) -> int:
 
 
 def _conflicts() -> Iterator[Problem]:
-    """What `pip check` says of our packages, and two packages that cannot live together."""
+    """Problems that `pip check` finds with our packages, and two packages that exclude each other."""
     words = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]
     said = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()  # without pip: nothing
     for line in said:
@@ -192,7 +192,7 @@ def _of_card(card: Mapping[str, Any] | None) -> Iterator[Problem]:
 
 
 def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """What these options need and this machine lacks."""
+    """Things that these options need and this machine lacks."""
     model, usable = config.model, card is not None and card["usable"]
     if model.device == "cuda" and not usable:
         yield Problem("model.device = cuda, but torch can use no CUDA card", "--set model.device=auto", fatal=True)
@@ -218,7 +218,7 @@ def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Prob
 
 
 def _package_of(source: str) -> str | None:
-    """What reads this data source, beside ourselves."""
+    """Package that reads this data source; None: we do."""
     if source.startswith("reasoning-gym:"):
         return "reasoning_gym"
     if source.endswith(".parquet"):

@@ -19,7 +19,7 @@ DESKTOP = 512 * 2**20  # left for what else the card shows
 
 
 def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | None]:
-    """What the run will take against what there is (bytes), and options that fit if these do not.
+    """Compare the memory that the run will take with what there is (bytes), and find options that fit if these do not.
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
     `data.max_prompt_tokens` allows.
@@ -51,7 +51,7 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
 
 
 def _with_cache(config: Config, found: Plan, room: int) -> Config:
-    """What a run takes by itself: a third of what is free once the model is loaded."""
+    """The options with the cache that a run chooses: a third of what is free once the model is loaded."""
     mib = max(1, (room - found.weights) // 3 // 2**20)
     return config.changed("rollout", cache_mib=mib)
 

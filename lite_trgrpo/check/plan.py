@@ -44,9 +44,9 @@ class Plan:
     cache: int
     """Keys and values of `slots` answers and their prompts."""
     rollout: int
-    """What else sampling holds at its worst moment."""
+    """Further memory of sampling at its peak (bytes)."""
     update: int
-    """What forward and backward of the largest micro-batch hold at their worst moment: activations, logits."""
+    """Peak of forward and backward of the largest micro-batch: activations, logits (bytes)."""
     slots: int
     """Answers decoded side by side."""
 
@@ -107,7 +107,7 @@ def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: i
 
 
 def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, layers: int) -> Plan:
-    """With the first `layers` of the model, and as many slots as all of it would have."""
+    """The plan for the first `layers` of the model, with as many slots as the whole model would have."""
     found: dict[str, int] = {}
     groups, sampling = config.train.prompts_per_step, _sampling(config)
     model = _model(config, model_config, dtype, layers)

@@ -43,7 +43,7 @@ class Proposal:
 
     settings: Mapping[str, Mapping[str, Any]]
     reasons: Mapping[str, str]
-    """By dotted name, for what was guessed."""
+    """Reason for each guessed option, by dotted name."""
     summary: str
 
 
@@ -132,7 +132,7 @@ def _is_answer(value: Any) -> bool:
 
 
 def _missing(row: Mapping[str, Any], source: str, prompt: str | None) -> str:
-    """What to do about a file that has no prompt or no answer in a column of its own."""
+    """The error for a file without a column for the prompt or the answer, with what to do."""
     inside = {
         key: f".{name}.{key}" for name, value in row.items() if isinstance(value, Mapping) for key in value
     }  # fmt: skip
@@ -187,7 +187,7 @@ def _limit(lengths: Sequence[int]) -> int:
 
 
 def _rounded(tokens: int) -> int:
-    """With room for a guess that is wrong by a third."""
+    """A round number with room for a guess that is wrong by a third."""
     return -(-tokens * 4 // 3 // 32) * 32 + 32
 
 
@@ -199,7 +199,7 @@ def _card(vram: int | None) -> int | None:
 
 
 def _fits(preset: str, settings: Mapping[str, Mapping[str, Any]], vram: int | None, card: int) -> bool:
-    """By the plan of its memory; where its base's shape cannot be fetched, by the card that the preset names."""
+    """Whether a preset fits: by its memory plan; by the card it names where the shape of its base cannot be fetched."""
     try:
         return bool(memory.check_memory(loading.validate(_plain(settings)), vram)[0]["fits"])
     except HubError:
@@ -243,5 +243,5 @@ def _section(section: str, values: Mapping[str, Any], reasons: Mapping[str, str]
 
 
 def validated(proposal: Proposal) -> Config:
-    """What the file will be read as."""
+    """Options as they will be read from the file."""
     return loading.validate(_plain(proposal.settings))

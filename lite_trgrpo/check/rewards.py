@@ -186,7 +186,7 @@ def _why_refused(rows: Sequence[Example], right: Sequence[Group], scorer: Scorer
 
 
 def _other_form(rows: Sequence[Example], form: str | None, scorer: Scorer, config: Config) -> str | None:
-    """In which gold answers get full marks, where they do not as the prompt asks for them."""
+    """A form in which gold answers get full marks, if they do not in the form that the prompt asks for."""
     for tried in gold.FORMS:
         texts = [[gold.written(tried, row.columns.get("answer"))] for row in rows]
         if tried != form and _solves(_scored(rows, texts, scorer), config):

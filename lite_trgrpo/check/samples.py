@@ -1,4 +1,4 @@
-"""What the base makes of the prompts: whether there is something to learn from, and if not, why."""
+"""Judge sampled answers of the base: is there something to learn from, and if not, why?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ CHANCE = 2  # answers that may be right by another column without meaning anythi
 
 
 def of_samples(groups: Sequence[Group], scorer: Scorer, config: Config, not_ending: Mapping[int, str]) -> Report:
-    """Of scored answers to some training prompts. `not_ending`: special tokens that do not end an answer, by id."""
+    """Report on scored answers to training prompts. `not_ending`: special tokens that do not end an answer, by id."""
     answers = [completion for group in groups for completion in group.completions]
     failed = [text for group in groups for text in _without_form(group)]
     cut = [completion for completion in answers if not completion.stopped]
@@ -47,7 +47,7 @@ def _without_form(group: Group) -> list[str]:
 
 
 def _why(facts: Mapping[str, Any], groups: Sequence[Group], scorer: Scorer, config: Config) -> Iterator[Finding]:
-    """Without signal in any group it stops. What explains most comes first, and hides what it explains."""
+    """Findings, blocking where no group has signal. What explains most comes first and hides what it explains."""
     dead, count = facts["groups_with_signal"] == 0, facts["answers"]
     if facts["truncated"] >= (NEARLY_ALL if dead else HALF):
         yield _cut_off(facts, dead, config)

@@ -206,7 +206,7 @@ class Rollout(Section):
         return value
 
     def decoding(self) -> dict[str, Any]:
-        """What `records.Sampling` takes of it beside the distribution: how answers are decoded."""
+        """Arguments of `records.Sampling` that say how answers are decoded, not from which distribution."""
         found = {"max_rows": self.max_rows, "engine": self.engine}
         return found if self.cache_mib is None else found | {"cache_bytes": self.cache_mib * 2**20}
 

@@ -17,7 +17,7 @@ Rates = dict[str, tuple[int, int]]  # by prompt: answers solved, answers tried
 
 
 def key(example: Example) -> str:
-    """Of a prompt as the run asks it, system message included."""
+    """Key of a prompt as the run asks it, system message included."""
     return hashlib.sha256(example.text.encode()).hexdigest()[:32]
 
 
@@ -30,7 +30,7 @@ def default_file(source: str) -> Path:
 
 
 def read(path: Path, model: str | None = None) -> Rates:
-    """What is known so far; with `model`, only from that one. Raises DataError."""
+    """Read the solve rates that a scan has found so far; with `model`, refuse those of another. Raises DataError."""
     if not path.is_file():
         raise DataError(
             f"no scan {path} (from {Path.cwd()}); make one with: lite-trgrpo check --scan 500 and the options"
@@ -49,7 +49,7 @@ def read(path: Path, model: str | None = None) -> Rates:
 
 
 def whole(path: Path) -> bytes:
-    """Without the half line of a scan that was killed while it wrote."""
+    """The bytes of a scan without the half line that a killed one leaves."""
     found = path.read_bytes()
     return found[: found.rfind(b"\n") + 1]
 

@@ -57,7 +57,7 @@ def write(
 
 
 def base_licence(config: Config, base: str) -> str | None:
-    """As the presets state it; None where none of them has this base."""
+    """Licence of the base as the presets state it; None where none of them has this base."""
     for name, path in loading.presets().items():
         model = loading.load(name).model
         if base in (model.name, model.upstream):
@@ -129,7 +129,7 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _quoted(text: str) -> str:
-    """As Python and TOML write it, with nothing in it that could end a code block."""
+    """The text as a Python and TOML string, with nothing in it that could end a code block."""
     return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
 

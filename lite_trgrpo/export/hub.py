@@ -1,4 +1,4 @@
-"""What `lite-trgrpo export` does: make and prove the export, write its card, put it on the Hugging Face Hub.
+"""The steps of `lite-trgrpo export`: make and verify the export, write its card, upload it to the Hugging Face Hub.
 
 Login and token are the Hub client's: nothing here reads, keeps or shows them.
 """
@@ -71,7 +71,7 @@ def _must_be_id(repo: str | None) -> None:
 
 
 def licence(config: Config, base: str) -> str:
-    """Of the base: as a preset states it, else as its page on the Hub does, else `unknown`."""
+    """Licence of the base: as a preset states it, else as its page on the Hub does, else `unknown`."""
     if (known := card.base_licence(config, base)) is not None:
         return known
     from huggingface_hub import HfApi

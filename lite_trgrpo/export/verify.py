@@ -1,4 +1,4 @@
-"""What one model answers to a run's held-out prompts, from a fresh process: nothing of the export is in its memory.
+"""Answers of a model to a run's held-out prompts from a fresh process, which shares no memory with the export.
 
 `ask` starts `python -m lite_trgrpo.export.verify`, which loads the model that the options name, answers greedily,
 scores the answers with the run's rewards, and gives the log-probabilities of given tokens.
@@ -24,14 +24,14 @@ FAILED = 3  # exit code: a known error, already one line; any other is a crash
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """To every held-out prompt, in order."""
+    """Answers to every held-out prompt, in order."""
 
     prompts: list[str]
     ids: list[list[int]]
     texts: list[str]
     solved: list[bool]
     logprobs: list[list[float]]
-    """Of the tokens that were asked for: its own answers', unless others were given."""
+    """Log-probabilities of the tokens that were asked for: of its own answers, unless others were given."""
 
 
 def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[list[int]] | None = None) -> Answers:
@@ -61,7 +61,7 @@ def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[lis
 
 
 def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) -> Answers:
-    """In this process."""
+    """Answer in this process."""
     import torch
 
     from lite_trgrpo import build, evaluate

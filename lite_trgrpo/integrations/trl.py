@@ -164,7 +164,7 @@ class TRGRPOTrainer(GRPOTrainer):
 
 
 def _inputs(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """What the log-probabilities are computed from: ids [B, prompt + T], attention mask, T."""
+    """Input of the log-probabilities: ids [B, prompt + T], attention mask, T."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), batch["completion_ids"].shape[1]
 

@@ -48,7 +48,7 @@ def parts(options: Model, device: torch.device, seed: int) -> tuple[Any, Templat
 
 
 def tokenizer_of(options: Model) -> tuple[Located, Template]:
-    """Where the base is, and the tokenizer that lies there."""
+    """Find the base, and load the tokenizer beside it."""
     located = locate(
         options.name, options.revision,
         sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
@@ -163,7 +163,7 @@ class TransformersPolicy:
         shutil.rmtree(old, ignore_errors=True)
 
     def _check(self) -> None:
-        """What we assume about a model, on a few tokens: a plain head, and attention that ours can stand in for."""
+        """Check on a few tokens what we assume about a model: a plain head, and attention that ours can replace."""
         kind = self.network.config.model_type
         self.network.attend_by_groups(False)
         if self.network.head_differs():

@@ -29,7 +29,7 @@ class Limits:
     """
 
     tokens: int
-    """Of one micro-batch of the update."""
+    """Tokens of one micro-batch of the update."""
     rows: int
     """Answers decoded side by side."""
     options: Sequence[Any] = ()

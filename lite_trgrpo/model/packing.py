@@ -8,7 +8,7 @@ Ids = tuple[int, ...]
 
 
 def by_prompt(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget: int) -> Iterator[list[Row]]:
-    """As many rows as fit `budget` tokens, where a prompt counts once; a row longer than the budget stands alone.
+    """Batches of rows that fit `budget` tokens, where a prompt counts once; a row longer than the budget stands alone.
 
     `ids`: the prompt and the completion of a row. A group that fits is never divided; one that does not is, and its
     prompt counts (and is read) in each part. Longest first: what does not fit in memory shows at once.
@@ -20,6 +20,9 @@ def by_prompt(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget
     def tokens(prompt: Ids) -> int:
         return len(prompt) + sum(len(ids(row)[1]) for row in groups[prompt])
 
+    # First fit in order of size: a group is added while it fits whole. One that is larger than the budget is cut
+    # between rows, and `read` says whether the prompt must be counted again. Order and cuts change no result: every
+    # row has its own denominator, fixed by the whole step.
     batch: list[Row] = []
     used = 0
     for prompt in sorted(groups, key=tokens, reverse=True):

@@ -23,7 +23,7 @@ class Policy(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, wanted: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Without gradient: (prompt, member, completion) of the members `wanted` of each prompt, each once finished."""
+        """Yield (prompt, member, completion) of the members `wanted` of each prompt, once finished; no gradient."""
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each id by itself, special tokens too."""

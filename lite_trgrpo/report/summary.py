@@ -1,4 +1,4 @@
-"""What the page of one run shows besides its curves: scores, answers, alerts, cost and settings, as plain data."""
+"""The page of one run without its curves, as plain data: scores, answers, alerts, cost and settings."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +192,7 @@ def _cost(story: Story) -> dict[str, Any]:
 
 
 def seconds(story: Story) -> dict[str, float]:
-    """What the time of a run went into."""
+    """Seconds of a run by phase."""
     clocks = [line["clock"] for line in story.metrics]
     return {
         "sampling": sum(clock["rollout_s"] for clock in clocks),

@@ -69,7 +69,7 @@ def extract(text: str) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """What the last box holds; braces inside may nest. None if there is no box or it never closes."""
+    """Content of the last box; braces inside may nest. None if there is no box or it never closes."""
     _, mark, inside = text.rpartition("\\boxed{")
     depth = 1
     for i, letter in enumerate(inside if mark else ""):

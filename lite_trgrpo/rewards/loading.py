@@ -33,7 +33,7 @@ class Reward:
     """A function, what its values count in the sum, and the options it is called with."""
 
     name: str
-    """As written in the config: a built-in's name, or path/file.py:function."""
+    """Name as in the config: a built-in, or path/file.py:function."""
     function: RewardFunction
     weight: float
     options: Mapping[str, Any]

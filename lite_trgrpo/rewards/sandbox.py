@@ -121,6 +121,8 @@ class Sandbox:
     # -- groups -------------------------------------------------------------------------------------------
 
     def _scored(self, groups: Sequence[Group]) -> list[Group]:
+        # Function by function over all groups, so that one that hangs costs one deadline, not one per group. A call is
+        # a function and a group: the smallest unit whose values a function may legitimately make depend on each other.
         parts: list[dict[str, list[float]]] = [{name: [] for name in self._weights} for _ in groups]
         failures: list[dict[str, dict[int, str]]] = [{} for _ in groups]
         filled = [i for i, group in enumerate(groups) if group.completions]

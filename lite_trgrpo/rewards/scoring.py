@@ -21,7 +21,7 @@ class FunctionRaisedError(RewardError):
 
 
 class Scorer(Protocol):
-    """What training and evaluation know about scoring: `Sandbox` in the product."""
+    """The interface that training and evaluation use; a run uses `Sandbox`."""
 
     def start(self, group: Group) -> Future[Group]:
         """Score a group while others are still being sampled."""
@@ -105,7 +105,7 @@ def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
 
 
 def _arguments(reward: Reward, groups: Sequence[Group]) -> dict[str, Any]:
-    """What the function is called with. Built anew for each, so that none can change what the next sees."""
+    """Arguments of a function. They are built anew for each, so that none can change what the next one sees."""
     offered = _batch(groups) | dict(reward.options)
     parameters = inspect.signature(reward.function).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -59,7 +59,7 @@ def tagged(
 
 
 def sections(text: str, tags: Sequence[str] = TAGS) -> dict[str, str] | None:
-    """What stands inside each tag, or None if the text is not exactly these sections in this order."""
+    """Text inside each tag, or None if the text is not exactly these sections in this order."""
     if any(text.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
         return None
     pattern = r"\s*".join(f"<{re.escape(tag)}>(.*)</{re.escape(tag)}>" for tag in tags)

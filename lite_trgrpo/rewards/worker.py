@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def group_message(group: Group, members: Sequence[int]) -> dict[str, Any]:
-    """What a reward function can see of these members of a group. Raises TypeError for a column of an odd type."""
+    """The part of these group members that a reward function can see. Raises TypeError for a column of an odd type."""
     chosen = [group.completions[i] for i in members]
     return {
         "origin": group.example.origin,
@@ -119,7 +119,7 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _end_with_parent(requests: BinaryIO) -> None:
-    """In a thread of its own, so that a closed pipe is seen while a function runs.
+    """Read the pipe in a thread of its own, so that its end is seen while a function runs.
 
     It waits for the end of the pipe and reads nothing, so the thread that runs the functions never waits for it.
     Windows has no such wait; there the deadline is the end.

@@ -27,7 +27,7 @@ class Attend(Protocol):
 
 
 class Keep(Protocol):
-    """What wants the keys and values of a packed row."""
+    """A receiver of the keys and values of a packed row."""
 
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k and v [K, N, D] of all N tokens of the row."""
@@ -35,7 +35,7 @@ class Keep(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a prompt and its answers lie in the packed row: lengths, one after the other."""
+    """Place of a prompt and its answers in the packed row: lengths, one after the other."""
 
     start: int
     prompt: int

@@ -19,7 +19,6 @@ class GroupCache:
         self.size = (rows, lines, bucket(row_tokens), bucket(line_tokens))
         self.rows: list[tuple[Tensor, Tensor]] = []  # for each layer keys and values [rows, K, row_tokens, D]
         self.lines: list[tuple[Tensor, Tensor]] = []  # [lines, K, line_tokens, D]
-        self.bytes_moved = 0
         self._reading: Sequence[tuple[int, int]] = ()
         self._masks: dict[int | None, Tensor] = {}
 
@@ -57,7 +56,6 @@ class GroupCache:
         for pair in stores:
             for store in pair:
                 store[target, :, :tokens] = store[source, :, :tokens]
-                self.bytes_moved += store[source, :, :tokens].nbytes
 
     # -- decoding -------------------------------------------------------------------------------------------
 
@@ -65,6 +63,8 @@ class GroupCache:
         self, lines: Sequence[int], prompts: Sequence[int], tokens: Sequence[int], device: torch.device
     ) -> None:
         """Before each step: for every row its line, that prompt's length, and the answer's tokens already stored."""
+        # Rows lie in the order in which slots became free. `_place` says where each one lies when rows are stacked by
+        # prompt, `_width` apart; places of prompts with fewer answers stay empty (zeros).
         members = [0] * (max(lines) + 1)
         places = []
         for line in lines:
@@ -84,6 +84,10 @@ class GroupCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         """One new token a row, R = B; see `attention.Attend`."""
+        # A row sees two stretches of keys: its prompt's, stored once for the group, and its own. Scores of both go into
+        # one softmax. For the prompt's part the rows of a group are stacked, so that its keys are read once for all of
+        # them: one product per prompt instead of one per answer. Stored lengths differ, so both parts are read up to
+        # the longest and masked.
         (row_k, row_v), (line_k, line_v) = self.rows[layer], self.lines[layer]
         rows, heads, _, width = q.shape
         row_k[self._row, :, self._tokens] = k[:, :, 0]

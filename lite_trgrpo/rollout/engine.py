@@ -19,7 +19,7 @@ READ_AT_ONCE = 4096  # prompt tokens of one forward
 
 
 class Decoder(Protocol):
-    """What the engine needs of a model."""
+    """The part of a model that the engine needs."""
 
     device: torch.device
 
@@ -40,7 +40,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
     key: int = 0
-    """Of its random numbers."""
+    """Key of its random numbers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,18 +55,6 @@ class Line:
     """Members that have not begun."""
     open: int
     """Members that have not finished."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """Work done, by the count rather than the clock."""
-
-    prompt_tokens: int = 0
-    row_steps: int = 0
-    """Rows forwarded, summed over decoding steps."""
-    steps: int = 0
-    full_steps: int = 0
-    """Steps with every slot taken, or nobody waiting for one."""
 
 
 class Engine:
@@ -87,7 +75,6 @@ class Engine:
         self.slots, self.max_lines = slots, line_count(slots, len(prompts))
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.cache = GroupCache(slots, self.max_lines, sampling.max_new_tokens, longest)
-        self.counts = Counts()
         self._grown = grown
         self._wanted = [range(sampling.members)] * len(prompts) if wanted is None else wanted
         # prompts of like length at the same time: they are read up to the longest
@@ -107,6 +94,9 @@ class Engine:
     def _admit(self) -> list[Answer]:
         """Fill the free slots; -> answers that ended with their first token."""
         finished: list[Answer] = []
+        # Free slots go to waiting answers of prompts that are read already; only then is another prompt read. So no
+        # slot is idle while anybody waits, and no prompt takes memory before it is needed. A first token comes from the
+        # prompt's last hidden state and may be the last: then its slot is free again within this loop.
         while len(self._rows) < self.slots and (any(line.waiting for line in self._lines) or self._can_read()):
             if not any(line.waiting for line in self._lines):
                 self._read()
@@ -143,7 +133,6 @@ class Engine:
         for p, length, span in zip(chosen, lengths, groups.spans, strict=True):
             members = list(self._wanted[p])
             self._lines.append(Line(p, length, hidden[span.stop - 1].clone(), members, len(members)))
-        self.counts.prompt_tokens += tokens
 
     @torch.no_grad()
     def _step(self) -> list[Answer]:
@@ -156,9 +145,6 @@ class Engine:
         ids = torch.tensor([[answer.ids[-1]] for answer, _ in rows], device=device)
         positions = torch.tensor([[p + s] for p, s in zip(prompts, stored, strict=True)], device=device)
         hidden = self.decoder.hidden(ids, positions, self.cache)
-        self.counts.steps += 1
-        self.counts.row_steps += len(rows)
-        self.counts.full_steps += len(rows) == self.slots or not (self._queue or any(x.waiting for x in self._lines))
         return self._extend(rows, self.decoder.logits(hidden[:, 0]))
 
     def _extend(self, rows: Sequence[tuple[Answer, Line]], logits: Tensor) -> list[Answer]:
@@ -186,6 +172,8 @@ class Engine:
 
     def _release(self, finished: set[int]) -> None:
         """Rows and lines stay dense: the last one moves into a place that has become free."""
+        # From the back, so that the row that moves into a gap has been looked at already. The cache moves the same way:
+        # a row's place in `_rows` is its place there.
         for i in reversed(range(len(self._rows))):
             answer, line = self._rows[i]
             if id(answer) not in finished:

@@ -1,1 +1,1 @@
-"""What lies on the disk: the run folder and its checkpoints."""
+"""The disk: run folder and checkpoints."""

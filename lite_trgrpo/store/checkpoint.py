@@ -64,7 +64,7 @@ def save(
 
 
 def at_step(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is, or would be."""
+    """Folder of the checkpoint after `step` steps, whether or not it exists."""
     return folder / f"step-{step:06d}"
 
 
@@ -98,7 +98,7 @@ def save_adapter(write: Callable[[Path], None], folder: Path) -> None:
 
 
 def steps_done(path: Path) -> int:
-    """Of a whole checkpoint."""
+    """Steps done at a whole checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
 
 

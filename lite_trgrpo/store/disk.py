@@ -1,4 +1,4 @@
-"""What must be on the disk, whole, before anything relies on it."""
+"""Write files whole: on the disk before anything relies on them."""
 
 import os
 from pathlib import Path

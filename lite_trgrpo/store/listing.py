@@ -1,4 +1,4 @@
-"""What `presets list` says, from the comments at the head of each file; and which runs there are."""
+"""List presets and objectives, from the comments at the head of each file, and runs."""
 
 from collections.abc import Iterator
 from datetime import datetime

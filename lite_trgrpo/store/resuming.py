@@ -35,7 +35,7 @@ def newest_unfinished(folder: Path) -> Path:
 
 
 def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
-    """Where a run goes on, and how many steps are done; None and 0 if it was ended before its first checkpoint.
+    """The checkpoint from which a run continues, and the steps done; None and 0 if it ended before its first one.
 
     A complete run is refused.
     """

@@ -59,7 +59,7 @@ class Run:
             raise RunError(f"cannot write into {self.folder}: {error.strerror}; {AFTERWARDS}") from None
 
     def facts(self) -> dict[str, Any]:
-        """What `run.json` says; nothing where it is missing or broken."""
+        """Content of `run.json`; empty where it is missing or broken."""
         try:
             found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -140,7 +140,7 @@ class Run:
             raise RunError(f"cannot read {path}: {error}. Put it back, or start again with another --output") from None
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """Of a log. A last line without its end is being written at this moment, or was when the power went."""
+        """Lines of a log, but for a last one without its end: it is being written now, or was when the power failed."""
         path = self.folder / name
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -206,5 +206,5 @@ def _number(value: float, otherwise: Any) -> Any:
 
 
 def _failures(group: Group, i: int) -> dict[str, str]:
-    """Of completion i: the reward functions that did not get through it, and what happened."""
+    """Reward functions that failed at completion i, and what happened."""
     return {name: failed[i] for name, failed in group.failures.items() if i in failed}

@@ -64,7 +64,7 @@ def tracked(
 
 
 def numbers(line: Line) -> dict[str, float]:
-    """What can be drawn: `reward_mean`, `clock/rollout_s`; of an evaluation `eval/pass@1`, `eval/pass@1/low`."""
+    """The numbers of a line by name: `reward_mean`, `clock/rollout_s`; for an evaluation `eval/pass@1/low`."""
     prefix = "eval/" if "rows" in line else ""
     flat: dict[str, Any] = {}
     for name, value in line.items():

@@ -68,7 +68,7 @@ def _check(arms: Arms, folder: Path) -> None:
 
 
 def _unpinned(config: Config) -> Config:
-    """Without what a run resolves at its start: the commit of the model's branch, the memory of the cache."""
+    """Options without those that a run resolves at its start: the model's commit, the memory of the cache."""
     return config.changed("model", revision=None).changed("rollout", cache_mib=None)
 
 

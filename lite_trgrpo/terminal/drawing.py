@@ -38,7 +38,7 @@ def curve(
 
 
 def _share(value: float, bottom: float, top: float) -> float:
-    """Where it lies between the two; in the middle where nothing has changed."""
+    """Position between the two, 0 to 1; the middle where nothing has changed."""
     return min(1.0, max(0.0, (value - bottom) / (top - bottom))) if top > bottom else 0.5
 
 

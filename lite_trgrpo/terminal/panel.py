@@ -33,7 +33,7 @@ WORK = {"rollout_s": "█", "reward_s": "▒", "update_s": "░"}
 
 @dataclass(slots=True)
 class Panel:
-    """What is known of a run at work (`stepped`, `evaluated`, `warned` tell it), and how that looks (`lines`)."""
+    """State of a run at work (`stepped`, `evaluated`, `warned` update it), and its picture (`lines`)."""
 
     name: str
     steps: int
@@ -48,7 +48,7 @@ class Panel:
     groups: Sequence[Group] = ()
     """Those of the last step."""
     doing: str = "loading"
-    """What the run is busy with."""
+    """Present activity of the run."""
     said: tuple[int, str] | None = None
     """The last warning, and the number of steps done when it came."""
     started: float = field(default_factory=time.monotonic)
@@ -76,7 +76,7 @@ class Panel:
         return found[:height]
 
     def seconds_left(self) -> float | None:
-        """By the last steps' and the last evaluation's time; None before the first step."""
+        """Estimate from the last steps and the last evaluation (seconds); None before the first step."""
         if not self.history:
             return None
         done = self.history[-1]["step"]
@@ -151,7 +151,7 @@ class Panel:
         yield Text.assemble(_label("update"), "   ".join(parts))
 
     def _memory(self, clock: Mapping[str, float], room: int) -> Text:
-        """Of the card where there is one, else of the process. Older runs have not logged both gauges."""
+        """Memory of the card where there is one, else of the process. Older runs have not logged both gauges."""
         kind, limit = "cuda" if "cuda_mib" in clock else "rss", self.limit / 2**30
         now, peak = clock[f"{kind}_mib"] / 1024, clock.get(f"{kind}_peak_mib", 0.0) / 1024
         filled = bar([(now / limit, "█"), (max(0.0, peak - now) / limit, "░")], room)
@@ -209,7 +209,7 @@ class Panel:
 
 
 def contrast(groups: Sequence[Group]) -> tuple[Group, list[tuple[str, str, Completion, float]]] | None:
-    """Of the first group whose rewards differ its best and its worst answer (name, colour, answer, reward).
+    """The best and the worst answer of the first group whose rewards differ (name, colour, answer, reward).
 
     Where no group has a spread, one answer: there is no better or worse.
     """

@@ -21,7 +21,7 @@ Line = Mapping[str, Any]
 
 
 def introduce(config: Config, device: torch.device, weights: int, prompts: Line, first: Prompt, folder: str) -> None:
-    """What is about to be trained on what, and one prompt as the model reads it."""
+    """Print what is about to be trained on what, and one prompt as the model reads it."""
     if device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
         say("warning: this torch cannot use the NVIDIA card, so the CPU is used. Install a CUDA build "
             "(pytorch.org/get-started), or type --set model.device=cpu to silence this")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the person sees while a run works. Talk goes to stderr: stdout is for data."""
+"""Lines and tables on the terminal. Messages go to stderr: stdout is for data."""
 
 import io
 import logging

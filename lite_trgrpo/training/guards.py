@@ -40,6 +40,8 @@ def alerts(
     history: Sequence[Line], evaluations: Sequence[Line], options: Guards, prompts: int, cap: int
 ) -> list[Alert]:
     """All guards that are not ok after the last line of `history` (metrics); `cap` is that of an answer, in tokens."""
+    # After a roll-back the adapter is another one: what came before says nothing about it. Limits on single steps are
+    # judged by the steps in which they were measured, so that a step without an update neither alarms nor interrupts.
     recent = history[restart(history) :]
     found = []
     for name, (beyond, advice) in _limits(options).items():

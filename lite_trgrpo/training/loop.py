@@ -83,7 +83,7 @@ def _memory_options(config: Config) -> list[Any]:
 
 
 def _probe(job: Job) -> None:
-    """Where memory is limited: does the largest micro-batch fit? Now rather than at the longest sample, hours later."""
+    """Trial step where memory is limited: find out now, not hours later, whether the largest micro-batch fits."""
     config, before = job.config, job.limits.tokens
     if not (torch.cuda.is_initialized() or config.train.memory):
         return

@@ -1,4 +1,4 @@
-"""What is measured of a step, beside the update's own statistics."""
+"""Statistics of a step, beside those of the update."""
 
 import math
 import sys

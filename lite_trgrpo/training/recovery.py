@@ -33,7 +33,7 @@ def finish(job: Job, *, complete: bool) -> None:
 
 
 def score_of(line: Metrics) -> float:
-    """Of an evaluation: what makes one better than another."""
+    """The score by which evaluations are ranked."""
     return line["pass@1"]["value"]
 
 

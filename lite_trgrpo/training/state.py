@@ -22,12 +22,12 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """What the person sees; the trainer itself prints nothing."""
+    """Callbacks for whoever watches; the loop itself prints nothing."""
 
     step: Callable[[Metrics, Sequence[Group]], None]
     """A step is done: what is logged of it, and its groups."""
     doing: Callable[[str], None]
-    """What it is busy with from now on, in a word or two."""
+    """Called with the new activity, in a word or two."""
     evaluated: Callable[[Metrics], None]
     warned: Callable[[str], None]
     saved: Callable[[], None]

@@ -41,7 +41,7 @@ class TokenStatistics:
 
 
 def merged(parts: Sequence[TokenStatistics]) -> TokenStatistics:
-    """Of all tokens of the parts."""
+    """Statistics over all tokens of the parts."""
     whole = TokenStatistics()
     for part in parts:
         for name, values in part.values.items():

@@ -30,11 +30,11 @@ class Row:
     completion: Completion
     advantage: float
     denominator: float
-    """What its token losses are divided by; fixed by the whole step, see `objective.denominators`."""
+    """Divisor of its token losses; fixed by the whole step, see `objective.denominators`."""
 
     @property
     def sampled_logprobs(self) -> list[float]:
-        """Of the tokens that are in the loss."""
+        """Log-probabilities, when sampled, of the tokens that are in the loss."""
         pairs = zip(self.completion.logprobs, self.completion.sampled, strict=True)
         return [logprob for logprob, sampled in pairs if sampled]
 
@@ -66,7 +66,7 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]:
-    """As many rows as fit `token_budget` tokens (at least one), a shared prompt counted once."""
+    """Batches of rows that fit `token_budget` tokens (at least one row), a shared prompt counted once."""
     return by_prompt(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget)
 
 
