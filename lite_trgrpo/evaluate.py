@@ -47,19 +47,19 @@ def evaluate(
     *,
     samples: int,
     solved_at: float,
-    told: Callable[[str], None] = lambda how_far: None,
+    progress: Callable[[str], None] = lambda how_far: None,
     limits: Limits | None = None,
 ) -> dict[str, Any]:
-    """One greedy answer and `samples` sampled ones for each held-out row; `told` hears how far it is.
+    """One greedy answer and `samples` sampled ones for each held-out row; `progress` is told how far it is.
 
     -> {"pass@1": estimate, "pass@k": estimate (k = samples), "pass@1_sampled": mean over samples, "truncated": share of
     greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
     """
     prompts = [prompt for _, prompt in heldout]
-    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), told, limits)
+    greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), progress, limits)
     sampled = None
     if samples:
-        sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples), told, limits)
+        sampled = _answers(policy, heldout, prompts, scorer, replace(sampling, members=samples), progress, limits)
     rows: list[dict[str, Any]] = []
     for i, (example, _) in enumerate(heldout):
         completion = greedy[i].completions[0]
@@ -92,13 +92,13 @@ def _answers(
     prompts: Sequence[Prompt],
     scorer: Scorer,
     sampling: Sampling,
-    told: Callable[[str], None],
+    progress: Callable[[str], None],
     limits: Limits | None,
 ) -> list[Group]:
     found: dict[int, Group] = {}
     for p, completions in sample_groups(policy, prompts, sampling, limits):
         found[p] = Group(*heldout[p], completions)
-        told(f"{'greedy' if sampling.greedy else 'sampled'} {len(found)} of {len(prompts)}")
+        progress(f"{'greedy' if sampling.greedy else 'sampled'} {len(found)} of {len(prompts)}")
     return scorer.score([found[p] for p in range(len(prompts))])
 
 

@@ -144,7 +144,7 @@ def scores(samples: int = 3, rewards=EXACT, solved_at: float = 1.0) -> dict:
 
 def test_progress_is_reported_prompt_by_prompt():
     told = []
-    evaluate(SCRIPT, HELDOUT, EXACT, SAMPLING, samples=3, solved_at=1.0, told=told.append)
+    evaluate(SCRIPT, HELDOUT, EXACT, SAMPLING, samples=3, solved_at=1.0, progress=told.append)
     assert [re.findall(r"\d+", line) for line in told] == [[str(i), "4"] for i in (1, 2, 3, 4)] * 2
     assert told[:4] != told[4:]
 

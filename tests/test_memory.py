@@ -241,7 +241,7 @@ def test_a_run_with_little_memory_comes_down_before_step_1_and_ends_alike(tiny_c
         return hidden(self, ids, positions, groups)
 
     monkeypatch.setattr(Network, "hidden", narrow)
-    monkeypatch.setattr(screen.talk, "print", lambda text="", **_: said.append(str(text)))
+    monkeypatch.setattr(screen.console, "print", lambda text="", **_: said.append(str(text)))
     run = session.train(loaded, tmp_path / "run", None, Stop())
     numbers = [[int(n) for n in re.findall(r"\b\d+\b", line)] for line in said]
     before = loaded.train.micro_batch_tokens

@@ -1,12 +1,13 @@
 """The rewards section of `lite-trgrpo check`: data and rewards first, then, if they hold, samples of the base."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lite_trgrpo import build
 from lite_trgrpo.check import rewards, samples
+from lite_trgrpo.check.findings import line
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.data import difficulty
 from lite_trgrpo.data.examples import batch, load_examples
@@ -17,10 +18,10 @@ from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.training.state import Encoded
 
 PROMPTS, MEMBERS = 8, 8  # of the sample; a group is no larger than in training
-LOOKING = 3  # stream of random numbers, beside the trainer's and chat's
+STREAM = 3  # stream of random numbers, beside the trainer's and chat's
 
 
-def look(config: Config, scanned: int = 0, file: Path | None = None) -> dict[str, Any]:
+def check_learnable(config: Config, scanned: int = 0, file: Path | None = None) -> dict[str, Any]:
     """Try everything that decides whether a run can learn.
 
     scanned, file: also measure how often the base solves so many training prompts, and keep that.
@@ -67,7 +68,7 @@ def _groups(config: Config, policy: Policy, pairs: Encoded, scorer: Scorer) -> I
     rollout = config.rollout
     sampling = Sampling(
         min(MEMBERS, rollout.group_size), rollout.max_new_tokens, rollout.temperature,
-        key=(config.train.seed, LOOKING), **rollout.decoding(),
+        key=(config.train.seed, STREAM), **rollout.decoding(),
     )  # fmt: skip
     for p, completions in sample_groups(policy, [prompt for _, prompt in pairs], sampling):
         yield from scorer.score([Group(*pairs[p], completions)])
@@ -93,3 +94,50 @@ def _scanned(
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}; give another --scan-file") from None
     return shown
+
+
+# -- as text ------------------------------------------------------------------------------------------------
+
+
+def report_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """The result of `check_learnable` as lines. They hold model text: clean them before you print them."""
+    if "prompt" in result:
+        yield f"the first prompt as the model reads it:\n{result['prompt']}"
+    data, rewards, samples = result["data"], result["rewards"], result.get("samples")
+    yield f"data     {data['rows']} training rows, {data['prompts']} different prompts; {result['heldout']} held out"
+    if rewards["rows"]:
+        yield f"gold     {rewards['accepted']} of {rewards['rows']} accepted, written as {rewards['gold']!r:.60}"
+        junk = [f"{kind} {_number(fact['reward'])}" for kind, fact in rewards["junk"].items()]
+        yield f"junk     {', '.join(junk) or 'not graded'}"
+    if samples is not None:
+        yield (
+            f"base     {samples['answers']} answers to {samples['prompts']} prompts: solved {samples['solved']:.1%}, "
+            f"groups with signal {samples['groups_with_signal']:.0%}, truncated {samples['truncated']:.0%}, reward "
+            f"{_number(samples['reward_mean'])}, length {samples['length_mean']:.1f}"
+        )
+        for asked, said in samples["examples"]:
+            yield f"         {asked} -> {said}"
+        if samples["format_failures"]:
+            yield (
+                f"form     {samples['format_failures']} of {samples['answers']} answers are not in the form "
+                f"{line(samples['form'])}, e.g. {' '.join(samples['format_examples'])}"
+            )
+    if "scan" in result:
+        yield _scan(result["scan"])
+    for report in (data, rewards, samples or {"findings": []}):
+        for finding in report["findings"]:
+            yield f"{'STOP' if finding['stops'] else 'warning':8} {finding['problem']}: {finding['text']}"
+    if result["works"]:
+        yield f"ok       No problems found ({result['seconds']:.0f} s)"
+
+
+def _scan(found: Mapping[str, Any]) -> str:
+    line = (
+        f"scan     {found['scanned']} prompts, solved {found['solved']:.1%}: {found['never']} never, {found['always']} "
+        f"always, {found['teaching']} between 10 % and 90 %"
+    )
+    return f"{line}; train on these with: --set data.scan={found['file']}" if found["teaching"] else line
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

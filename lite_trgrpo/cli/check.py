@@ -119,10 +119,10 @@ def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: b
 
 def _check_rewards(loaded: "Config", scan: int, file: Path | None, quiet: bool) -> tuple[dict[str, Any], bool]:
     """-> what was found, and whether training can work."""
-    from lite_trgrpo.check import learnable, told
+    from lite_trgrpo.check import learnable
     from lite_trgrpo.text import plain
 
-    result = learnable.look(loaded, scan, file)
+    result = learnable.check_learnable(loaded, scan, file)
     if not quiet:
-        print(plain("\n".join(told.lines(result))))
+        print(plain("\n".join(learnable.report_lines(result))))
     return result, result["works"]

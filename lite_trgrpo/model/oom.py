@@ -1,4 +1,4 @@
-"""When memory runs out: told apart from other errors, freed, and what is then tried in smaller pieces."""
+"""Out of memory: recognise it, free what can be freed, and come down to smaller pieces."""
 
 import gc
 import sys

@@ -79,7 +79,7 @@ class Sandbox:
         self._seconds = seconds
         self._on_failure = on_failure
         self._tell = tell
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._slow: set[str] = set()
         self._process: Process | None = None
         self._closed = False
@@ -168,8 +168,8 @@ class Sandbox:
         what = f"reward '{name}' {failure.detail} for {sample}"
         if self._on_failure == "fail":
             raise RewardError(f"{what}. Fix it, or set rewards.on_failure to skip or to a number")
-        if (name, failure.kind) not in self._told:
-            self._told.add((name, failure.kind))
+        if (name, failure.kind) not in self._reported:
+            self._reported.add((name, failure.kind))
             given = "counts as ungradable" if self._on_failure == "skip" else f"gets {self._on_failure:g}"
             self._tell(
                 f"{what}; the answer {given} (rewards.on_failure). Others that end so are counted in metrics.jsonl"

@@ -88,7 +88,7 @@ def prune(folder: Path, step: int, keep: int, also: Collection[int]) -> None:
 
 
 def save_adapter(write: Callable[[Path], None], folder: Path) -> None:
-    """A policy's `save_adapter` made durable, its failures told as ours."""
+    """A policy's `save_adapter` made durable; its failures become RunErrors."""
     try:
         write(folder)
         for path in (*folder.iterdir(), folder, folder.parent):

@@ -16,7 +16,7 @@ from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import eval_sampling, paired_gain
 from lite_trgrpo.store.checkpoint import is_complete, newest
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.terminal.screen import talk
+from lite_trgrpo.terminal.screen import console
 from lite_trgrpo.training.stopping import Stop
 
 LAST = 10  # steps over which a final entropy is averaged
@@ -31,7 +31,7 @@ def run_arms(arms: Arms, folder: Path) -> dict[str, Any]:
     _check(arms, folder)
     for (name, seed), config in arms.items():
         run = Run(folder / f"{name}-s{seed}")
-        talk.print(f"== {name}, seed {seed}")
+        console.print(f"== {name}, seed {seed}")
         if (run.folder / "kl.json").exists():
             continue
         found = newest(run.checkpoints)

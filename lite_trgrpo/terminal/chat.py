@@ -129,25 +129,25 @@ def _encoded(policy: "TransformersPolicy", config: Config, asked: list[Message])
 
 def spoken(policy: "TransformersPolicy", prompt: Prompt, sampling: Sampling, tell: Callable[[str], None]) -> Completion:
     """Draw one answer; `tell` gets its text piece by piece, each as soon as nothing that follows can change it."""
-    told = ""
+    shown = ""
 
     def grown(answer: Answer) -> None:
-        nonlocal told
+        nonlocal shown
         text = policy.decode(answer.ids).rstrip(INCOMPLETE)
-        if text.startswith(told) and text != told:  # else wait: a decoder may think again about a piece of a word
-            tell(text[len(told) :])
-            told = text
+        if text.startswith(shown) and text != shown:  # else wait: a decoder may think again about a piece of a word
+            tell(text[len(shown) :])
+            shown = text
 
     [(_, _, answer)] = policy.sample([prompt], sampling, [[0]], grown)
-    if not answer.text.startswith(told):
+    if not answer.text.startswith(shown):
         tell("\n")
-        told = ""
-    tell(answer.text[len(told) :])
+        shown = ""
+    tell(answer.text[len(shown) :])
     return answer
 
 
 def _score(scorer: Scorer, config: Config, name: str, last: Group, gold: str) -> None:
-    """Print the reward of the last answer against a gold one. What cannot be scored is said, and the talk goes on."""
+    """Print the reward of the last answer against a gold one, or why it cannot be scored."""
     columns = {column: gold for column in ("answer", config.data.answer) if column}  # a reward may ask for either
     example = Example(last.example.prompt, columns, "chat")
     try:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.terminal.drawing import bar, curve, duration, fold, measured, number, one_line, wrapped
-from lite_trgrpo.terminal.screen import talk, ungraded
+from lite_trgrpo.terminal.screen import console, ungraded
 from lite_trgrpo.text import plain
 from lite_trgrpo.training.guards import NAMES
 
@@ -232,22 +232,27 @@ def live(panel: Panel) -> Iterator[None]:
     Drawn once a second by rich's thread, and with everything that is said; a terminal of another size is cleared
     first, because it has folded the old lines as it pleased.
     """
-    size = talk.size
+    size = console.size
 
     def drawn() -> Stack:
         nonlocal size
-        if talk.size != size:
-            size = talk.size
-            talk.clear()
+        if console.size != size:
+            size = console.size
+            console.clear()
         return Stack(*panel.lines(size.width, max(1, size.height - SPARE)))
 
-    with Live(console=talk, get_renderable=drawn, refresh_per_second=1, vertical_overflow="crop"):
+    with Live(console=console, get_renderable=drawn, refresh_per_second=1, vertical_overflow="crop"):
         yield
 
 
 def possible() -> bool:
     """Whether there is a terminal that can be drawn on."""
-    return talk.is_terminal and not talk.is_dumb_terminal and not talk.options.ascii_only and not talk.legacy_windows
+    return (
+        console.is_terminal
+        and not console.is_dumb_terminal
+        and not console.options.ascii_only
+        and not console.legacy_windows
+    )
 
 
 def _last(values: Sequence[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""A run as it is told: a live panel on a terminal, a line a step, or JSON lines for a script."""
+"""Show a run: a live panel on a terminal, a line per step, or JSON lines for a script."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from lite_trgrpo.config.schema import Config
 from lite_trgrpo.records import Group, Prompt
 from lite_trgrpo.terminal import panel as panels
 from lite_trgrpo.terminal import screen
-from lite_trgrpo.terminal.screen import say, talk
+from lite_trgrpo.terminal.screen import console, say
 from lite_trgrpo.text import plain
 from lite_trgrpo.training.state import Listener
 
@@ -31,7 +31,7 @@ def introduce(config: Config, device: torch.device, weights: int, prompts: Line,
         "held-out rows are scored before the first step, which takes a while, and after the last\n"
         "the first prompt as the model reads it:"
     )
-    talk.print(plain(first.text), style="dim", markup=False)
+    console.print(plain(first.text), style="dim", markup=False)
 
 
 @contextmanager

@@ -44,12 +44,12 @@ class _Stderr(io.TextIOBase):
         return self.file.fileno()
 
 
-talk = Console(file=cast(IO[str], _Stderr()), highlight=False)
+console = Console(file=cast(IO[str], _Stderr()), highlight=False)
 
 
 def say(line: str) -> None:
     """Print a message on stderr; what is unprintable in it is escaped."""
-    talk.print(plain(line), markup=False, soft_wrap=True)
+    console.print(plain(line), markup=False, soft_wrap=True)
 
 
 class Messages(logging.Handler):

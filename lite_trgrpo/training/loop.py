@@ -247,7 +247,7 @@ def _evaluate_if_due(job: Job) -> None:
         result = evaluate(
             job.policy, job.heldout, job.scorer, eval_sampling(config),
             samples=config.eval.samples, solved_at=config.rewards.solved_at,
-            told=lambda how_far: job.listener.doing(f"scoring, {how_far}"),
+            progress=lambda how_far: job.listener.doing(f"scoring, {how_far}"),
             limits=job.limits,
         )  # fmt: skip
     line: Metrics = {"step": step, **result}
