@@ -350,7 +350,7 @@ def test_the_command_exports_what_the_demo_trained(tmp_path, quantization):
 
     run = tmp_path / "run"
     small = ["eval.rows=12", "eval.samples=0", "train.learning_rate=1e-3", f"model.quantization={quantization}"]
-    call("train", "--preset", "demo", "--steps", "4", "--output", str(run), *(f"--set={one}" for one in small))
+    call("train", "--preset", "demo", "--steps", "10", "--output", str(run), *(f"--set={one}" for one in small))
     call("export", str(run), "--merge", *(["--gguf"] if converter_at_hand() else []))
     report = json.loads((run / "export" / "check.json").read_text())
     forms = {"merged"} | ({"unquantised"} if quantization == "nf4" else set())
