@@ -31,6 +31,10 @@ class ModelError(LiteError, RuntimeError):
     """A model cannot be loaded or does not do what the method needs."""
 
 
+class PlanError(LiteError, RuntimeError):
+    """The memory of a run cannot be planned for this model. No reason not to train it."""
+
+
 class HubError(LiteError, ConnectionError):
     """The Hugging Face Hub is unreachable, or refuses."""
 

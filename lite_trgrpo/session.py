@@ -13,7 +13,7 @@ from lite_trgrpo.check import rewards as preflight
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config, memory_bytes
 from lite_trgrpo.data.examples import load_examples
-from lite_trgrpo.errors import LiteError, first_line
+from lite_trgrpo.errors import LiteError, PlanError, first_line
 from lite_trgrpo.evaluate import eval_sampling
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.store import trackers
@@ -53,8 +53,11 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
             if config.train.preflight:
                 for line in preflight.before_training(examples, len(heldout_examples), scoring, config):
                     logger.info(line)
-            planned, _ = memory.check_memory(config, None)
-            logger.info(f"memory: {screen.memory_line(planned)}")
+            try:
+                planned, _ = memory.check_memory(config, None)
+                logger.info(f"memory: {screen.memory_line(planned)}")
+            except PlanError as error:
+                logger.info(f"memory: {error}")
             if before := memory.past(config, output.parent):
                 logger.info(screen.past_line(before))
         policy = policy_of(config)

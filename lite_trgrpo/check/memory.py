@@ -10,7 +10,7 @@ import torch
 from lite_trgrpo.check.plan import Plan, fitting, plan
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config
-from lite_trgrpo.errors import LiteError
+from lite_trgrpo.errors import LiteError, PlanError, first_line
 from lite_trgrpo.model.loading import load_config, resolve_device, resolve_dtype
 from lite_trgrpo.store.run import Run
 
@@ -23,13 +23,23 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
     `data.max_prompt_tokens` allows.
+    Raises PlanError where the model does not fit our engine, which the plan runs.
+
     -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps)}
     """
     device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
     assumed = config.model.dtype == "auto" and vram is not None
     dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
     shape, longest = load_config(config.model), config.data.max_prompt_tokens
-    given, found = config, plan(config, shape, dtype, longest)
+    given = config
+    try:
+        found = plan(config, shape, dtype, longest)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # The plan runs our own engine on tensors without data. A model that takes the plain path has no such plan.
+        kind = getattr(shape, "model_type", "?")
+        raise PlanError(
+            f"no plan for the model type {kind!r} ({first_line(error)}); it trains on the plain path"
+        ) from None
     overhead, available = _room(device, vram, found)
     if device.type == "cuda" and config.rollout.cache_mib is None:
         config = _with_cache(config, found, available - overhead)

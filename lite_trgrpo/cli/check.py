@@ -99,9 +99,14 @@ def _check_memory(loaded: "Config", size: int | None, fit: Path | None, quiet: b
     """-> the plan, and whether it fits or options that do were written."""
     from lite_trgrpo.check import memory
     from lite_trgrpo.config import loading
+    from lite_trgrpo.errors import PlanError
     from lite_trgrpo.terminal import screen
 
-    result, fitting = memory.check_memory(loaded, size)
+    try:
+        result, fitting = memory.check_memory(loaded, size)
+    except PlanError as error:  # says nothing about whether it fits: no reason to stop
+        print(f"memory: {error}", file=sys.stderr)
+        return {"unplanned": str(error)}, True
     result["past"] = memory.past(loaded, Path("runs")) if size is None else None
     if not quiet:
         screen.show(screen.memory_tables(result))
