@@ -16,9 +16,10 @@ from lite_trgrpo.config.schema import SECTIONS
 
 HEAD = """# Options
 
-Set an option with `--set section.key=value`, or in a TOML file under `[section]` (`--config`). `--set section.key=`
-unsets an option. Options with a star may change when a run is resumed. This page is generated:
-`python docs/reference.py > docs/options.md`."""
+Set an option with `--set section.key=value`, or in a TOML file under `[section]` (`--config`). Values are TOML:
+`--set "rewards.functions={ exact = 1.0 }"`, `--set "model.lora_targets=['q_proj']"`, `--set objective.weight.alpha=2`.
+`--set section.key=` unsets an option that may be unset. You may change options marked with a star when you resume a
+run; all others stay fixed. This page is generated: `python docs/reference.py > docs/options.md`."""
 
 
 def lines() -> Iterator[str]:
@@ -35,7 +36,7 @@ def _rows(section: str, model: type[BaseModel], table: str = "") -> Iterator[str
             yield from _rows(section, field.annotation, f"{key}.")
             continue
         star = " \\*" if f"{section}.{key}" in MAY_CHANGE else ""
-        default = "needed" if field.default is PydanticUndefined else _value(field.default)
+        default = "required" if field.default is PydanticUndefined else _value(field.default)
         yield f"| `{table}{key}`{star} | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |"
 
 

@@ -110,7 +110,7 @@ def test_without_arguments_the_help_is_shown():
         (["train", "own.toml"], ["--config own.toml"]),
         (["train", __file__], [f"lite-trgrpo init {__file__}"]),
         (["train", "--preset", "demo", "--max-hours", "0"], ["--max-hours"]),
-        (["presets", "show"], ["'name'"]),
+        (["presets", "show"], ["NAME"]),
     ],
 )
 def test_a_usage_error_exits_with_2_and_leaves_stdout_empty(arguments, named):

@@ -29,11 +29,9 @@ PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", help="Preset to start from (`lite-trgrpo presets list`)")
 ]
 ObjectiveOption = Annotated[
-    str | None, typer.Option("--objective", help="Objective recipe (`lite-trgrpo presets list --objectives`)")
+    str | None, typer.Option("--objective", help="Objective by name (`lite-trgrpo presets list --objectives`)")
 ]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML file of options; they win over the preset")
-]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of options; overrides the preset")]
 SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Set one option; may be repeated")
 ]

@@ -27,8 +27,8 @@ def chat(
 ) -> None:
     """Talk to a model, with or without an adapter. An empty line ends the conversation.
 
-    Without --preset or --config, an adapter in a run folder is used with the options of that run. `/gold 42` scores the
-    last answer against that gold one, `/new` starts a new conversation.
+    If the adapter is in a run folder and you give no --preset or --config, the options of that run are used. Type
+    `/gold 42` to score the last answer against the right answer 42, `/new` to start a new conversation.
     Example: lite-trgrpo chat --adapter runs/demo/adapter --compare
     """
     from lite_trgrpo.config import loading

@@ -37,10 +37,13 @@ def check(
     set_: SetOption = [],  # noqa: B006
     vram: VramOption = None,
     fit: Annotated[
-        Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit into this file")
+        Path | None, typer.Option("--fit", metavar="FILE", help="Write options that fit in memory to FILE")
     ] = None,
     scan: Annotated[
-        int, typer.Option("--scan", min=0, help="Measure how often the base solves each of N training prompts")
+        int,
+        typer.Option(
+            "--scan", min=0, metavar="N", help="Measure how often the base model solves each of N prompts (0: off)"
+        ),
     ] = 0,
     scan_file: Annotated[
         Path | None, typer.Option("--scan-file", help="File for the result; default: beside the data")
@@ -49,9 +52,10 @@ def check(
 ) -> None:
     """Check a run before it starts: can it run here, does it fit, can it learn? Exit code 1 if not.
 
-    machine: graphics card, versions and fast paths. Needs no preset.
+    machine: GPU, package versions and accelerated code. Needs no preset.
     memory: what each part will take. No weights are loaded.
-    rewards: tries right answers and junk, then samples a few answers from the base.
+    rewards: scores right answers and junk, then samples a few answers from the base model.
+    With --vram or --fit only memory is checked, with --scan only rewards, unless you name sections.
     Example: lite-trgrpo check
     Example: lite-trgrpo check --preset math-1.5b --vram 8GB
     Example: lite-trgrpo check rewards --preset demo --scan 500

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 @app.command()
 @command
 def compare(
-    objectives: Annotated[str, typer.Option("--objectives", help="Objective recipes, separated by commas")],
+    objectives: Annotated[
+        str, typer.Option("--objectives", help="Objectives, comma-separated (`lite-trgrpo presets list --objectives`)")
+    ],
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas")] = "0,1,2",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, comma-separated")] = "0,1,2",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the runs, the table and the figure")
     ] = Path("runs/compare"),

@@ -30,7 +30,7 @@ def evaluate(
 ) -> None:
     """Score an adapter, or the base model, on held-out rows.
 
-    Without --preset or --config, an adapter in a run folder is used with the options of that run.
+    If the adapter is in a run folder and you give no --preset or --config, the options of that run are used.
     Example: lite-trgrpo eval --adapter runs/demo/adapter
     """
     from lite_trgrpo.config import loading

@@ -23,7 +23,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Create the Hub repository as private")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files and the model card, and stop")] = False,
 ) -> None:
-    """Export the adapter of a run to RUN/export. Every export is reloaded and compared before it is kept.
+    """Export the adapter of a run to RUN/export. Each form is reloaded and compared with the trained model.
 
     Example: lite-trgrpo export runs/demo --merge --push USER/REPO
     """

@@ -25,7 +25,7 @@ def init(
     ] = None,
     vram: VramOption = None,
 ) -> None:
-    """Write a config for a data file: finds the columns, chooses a reward and a base for this machine.
+    """Write a config for a data file: find its columns, choose a reward and a base model for this machine.
 
     Example: lite-trgrpo init examples/own_data.jsonl
     """

@@ -10,9 +10,9 @@ from lite_trgrpo.cli.app import command, presets_app
 @presets_app.command(name="list")
 @command
 def presets_list(
-    objectives: Annotated[bool, typer.Option("--objectives", help="List objective recipes instead")] = False,
+    objectives: Annotated[bool, typer.Option("--objectives", help="List objectives instead")] = False,
 ) -> None:
-    """List the presets with task, base, card and time; or the objectives with formula and source.
+    """List presets with task, base model, GPU and time, or objectives with formula and source.
 
     Example: lite-trgrpo presets list
     """
@@ -24,8 +24,8 @@ def presets_list(
 
 @presets_app.command(name="show")
 @command
-def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset or an objective")]) -> None:
-    """Print a preset as TOML, a start for your own config.
+def presets_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a preset or an objective")]) -> None:
+    """Print a preset or objective as TOML, as a start for your own config.
 
     Example: lite-trgrpo presets show demo
     """

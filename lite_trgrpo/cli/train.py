@@ -26,15 +26,22 @@ def train(
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006 (typer copies it)
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/PRESET-TIME")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Run folder; default: runs/NAME-TIME, NAME of the preset or config"),
+    ] = None,
     objective: ObjectiveOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Set train.steps")] = None,
     seed: SeedOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print all options as they would be used, and stop")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue RUN, or the newest unfinished run")] = False,
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder to continue (with --resume)")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in RUN, or the newest unfinished run in runs/")
+    ] = False,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to continue; only with --resume")
+    ] = None,
     max_hours: Annotated[float | None, typer.Option("--max-hours", help="Save and stop after this many hours")] = None,
     stop_at: Annotated[
         str | None, typer.Option("--stop-at", metavar="HH:MM", help="Save and stop at this time of day")
@@ -44,7 +51,8 @@ def train(
 ) -> None:
     """Train a LoRA adapter, with a live panel on a terminal.
 
-    Example: lite-trgrpo train --preset demo
+    Example: lite-trgrpo train --preset demo --output runs/demo
+    Example: lite-trgrpo train --resume runs/demo
     """
     from lite_trgrpo.config import loading
 

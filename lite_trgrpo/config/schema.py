@@ -35,19 +35,21 @@ class Model(Section):
     )
     backend: Literal["auto", "transformers", "unsloth"] = Field(
         "auto",
-        description="Library that runs the model; auto: unsloth if installed and a card is there, else transformers",
+        description="Library that runs the model. auto: unsloth if it is installed and there is a GPU, else "
+        "transformers",
     )
     adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
-        description="Base weights in 4 bits (nf4, double quantisation), 8 bits (int8, bitsandbytes), 16 or 32 (none)",
+        description="Precision of the base weights. nf4: 4-bit with double quantisation; int8: 8-bit (bitsandbytes); "
+        "none: 16- or 32-bit, per dtype",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Compute type of the base; auto: bfloat16 where the card has it, else float16; float32 on CPU",
+        description="Compute type of the base. auto: bfloat16 if the GPU has it, else float16; float32 on CPU",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device to run on; auto: the CUDA card if torch can use it, else the CPU"
+        "auto", description="Device to run on. auto: the GPU if torch can use it, else the CPU"
     )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank r of the LoRA update")
     lora_alpha: float = Field(
@@ -87,12 +89,16 @@ class Data(Section):
     split: str = Field("train", description="Split of a Hub data set to train on")
     revision: str | None = Field(None, description="Hub revision of the data set")
     eval_source: str | None = Field(
-        None, description="Separate source of held-out rows (subset, revision and options apply to `source` only)"
+        None,
+        description="Source of the held-out rows, in the same forms as source; subset, revision and options do not "
+        "apply to it",
     )
     eval_split: str | None = Field(None, description="Split of the Hub data set that holds the held-out rows")
     prompt: str = Field("prompt", description="Column that holds the prompt: a string or a list of chat messages")
     answer: str = Field(
-        "answer", description="Column that holds the gold answer (rewards see it as `answer`); '' for none"
+        "answer",
+        description="Column with the gold (reference) answer, passed to rewards as `answer`; an empty text if the "
+        "data have none",
     )
     system: str | None = Field(None, description="System message for every prompt that has none")
     options: dict[str, Any] = Field({}, description="Arguments of a generator, e.g. { size = 2000 }")
@@ -101,8 +107,8 @@ class Data(Section):
     )
     scan: str | None = Field(
         None,
-        description="A file of `lite-trgrpo check --scan 500`: training takes only prompts that the base solved there "
-        "between 10 % and 90 % of the time",
+        description="File of `lite-trgrpo check --scan 500`: train only on prompts that the base model solved 10 to "
+        "90 % of the time in that scan",
     )
     seed: int = Field(
         0,
@@ -117,10 +123,11 @@ class Rewards(Section):
 
     functions: dict[str, float] = Field(
         {"exact": 1.0},
-        description="Weights by function: a built-in or file.py:function; the reward is the weighted sum",
+        description="Reward functions with weights, e.g. { exact = 1.0 }: built-ins (docs/data.md) or "
+        "file.py:function. The reward is the weighted sum",
     )
     options: dict[str, dict[str, Any]] = Field({}, description="Keyword arguments of each function, by its name")
-    truncated_max_zero: bool = Field(False, description="Limit truncated answers to a reward of at most 0 per function")
+    truncated_max_zero: bool = Field(False, description="Cap the score of each function at 0 for truncated answers")
     solved_by: str | None = Field(
         None, description="Function that decides whether an answer is solved; unset: the first of rewards.functions"
     )
@@ -129,8 +136,8 @@ class Rewards(Section):
     memory: str = Field("4GB", description="Memory limit of the reward process, e.g. 512MB (Linux only)")
     on_failure: str | float = Field(
         "skip",
-        description="Where a function hangs, crashes or raises: skip the answer (not gradable), fail the run, or a "
-        "number, its value for the answer",
+        description="If a function times out, crashes or raises: skip (treat the answer as not gradable), fail (stop "
+        "the run), or a number (the score of that function)",
     )
 
     @field_validator("functions")
@@ -184,18 +191,20 @@ class Rollout(Section):
     top_up_rounds: int = Field(
         0,
         ge=0,
-        description="Rounds that replace groups without signal by fresh prompts (DAPO's dynamic sampling); 0: off",
+        description="Times per step that groups whose answers all got the same reward are replaced by fresh prompts "
+        "(DAPO: dynamic sampling); 0: off",
     )
     max_rows: int = Field(128, ge=1, description="Most answers decoded at the same time")
     cache_mib: int | None = Field(
         None,
         ge=1,
-        description="Memory for keys and values while sampling (MiB): as many of max_rows as fit. Unset: 2048 on CPU, "
-        "a third of what is free on the card; a run keeps what was resolved at its start",
+        description="Memory for keys and values while sampling (MiB); limits how many answers are decoded at once, up"
+        " to max_rows. Unset: 2048 on CPU, a third of the free memory on a GPU; fixed when the run starts",
     )
     engine: Literal["groups", "generate", "vllm"] = Field(
         "groups",
-        description="groups: our own; generate: that of transformers, as a reference; vllm: unsloth's vLLM, CUDA only",
+        description="Sampling engine. groups: built in; generate: that of transformers, for reference; vllm: vLLM "
+        "through unsloth (CUDA only)",
     )
 
     @field_validator("group_size")
@@ -232,22 +241,28 @@ class Objective(Section):
 
     weights: Literal["offset", "centred", "reverse", "constant", "linear", "none"] = Field(
         "offset",
-        description="Token weight w: offset, centred: TR-GRPO in two readings; reverse: w(1 - p); constant: their mean "
-        "(fair control); linear: a p + 1 - a; none: 1",
+        description="Token weight w(p). offset, centred: two interpretations of the TR-GRPO formula; reverse: w(1 - "
+        "p); constant: the mean weight of the step for every token (control); linear: a p + 1 - a; none: "
+        "1",
     )
     weight: Weight = Field(Weight(), description="Constants of the token weight, a table: see below")
     weights_from: Literal["current", "sampling"] = Field(
         "current", description="Policy whose p sets the weight: the one being trained, or the one that sampled"
     )
     placement: Literal["surrogate", "ratio"] = Field(
-        "surrogate", description="surrogate: w outside min and KL; ratio: Eq. 9 as printed, w on the ratio"
+        "surrogate",
+        description="Where w multiplies. surrogate: the whole clipped term and the KL term; ratio: the probability "
+        "ratio inside them, as in Eq. 9 of the paper",
     )
     advantage: Literal["grpo", "dr-grpo", "rloo", "reinforce-rej"] = Field(
-        "grpo", description="A from the group's rewards R: (R - mean) / std, R - mean, R - mean of the others, R"
+        "grpo",
+        description="Advantage from the rewards R of a group. grpo: (R - mean) / std; dr-grpo: R - mean; rloo: R - "
+        "mean of the others; reinforce-rej: R",
     )
     trust_region: Literal["clip", "sequence", "cispo", "sapo", "dppo", "penalty"] = Field(
         "clip",
-        description="Trust region that keeps pi near pi_old: PPO's clip, GSPO, CISPO, SAPO, DPPO (binary TV), R2VPO",
+        description="What keeps pi near pi_old. clip: PPO; sequence: GSPO; cispo; sapo; dppo: binary TV; penalty: "
+        "R2VPO",
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="eps_low: the ratio's lower bound is 1 - eps_low")
     clip_high: float = Field(0.2, ge=0, description="eps_high: the ratio's upper bound is 1 + eps_high")
@@ -257,11 +272,13 @@ class Objective(Section):
     penalty: float = Field(1.0, ge=0, description="lambda of r A - lambda (r - 1)^2 (trust_region = penalty)")
     aggregation: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="Mean of the token losses: per answer and then over answers, over all tokens of the step, or over "
-        "B * max_new_tokens",
+        description="How token losses are averaged. sequence: within each answer, then over answers; token: over all "
+        "tokens of the step; constant: sum divided by B * max_new_tokens (B: number of answers)",
     )
     beta: float = Field(0.0, ge=0, description="KL coefficient; above 0 the base model is the reference")
-    kl: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator: -log x, (log x)^2 / 2, x - log x - 1")
+    kl: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="KL estimator, with x = pi_ref / pi. k1: -log x; k2: (log x)^2 / 2; k3: x - log x - 1"
+    )
     mask_truncated: bool = Field(False, description="Leave truncated answers out of the loss")
 
     @model_validator(mode="after")
@@ -297,8 +314,8 @@ class Train(Section):
     )
     memory: str | None = Field(
         None,
-        description="Memory limit, e.g. 6GB, of the card or (Linux only) of the process on CPU. Work that would exceed "
-        "it is split into smaller batches; unset: all there is",
+        description="Memory limit, e.g. 6GB: of the GPU, or of the process on CPU (Linux only). Work that would "
+        "exceed it is split into smaller batches; unset: no limit",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     checkpoint_every: int = Field(50, ge=0, description="Save a checkpoint every N steps (0: off)")
@@ -306,7 +323,9 @@ class Train(Section):
     keep_checkpoints: int = Field(
         3, ge=1, description="Number of newest checkpoints to keep, besides the best and the last good one"
     )
-    preflight: bool = Field(True, description="Refuse to start, or to continue after step 1, if nothing can be learned")
+    preflight: bool = Field(
+        True, description="Stop before training, or after step 1, if the rewards give no learning signal"
+    )
     track: Literal["tensorboard", "wandb", "trackio"] | None = Field(
         None, description="Also send the metrics to this tracker; its package must be installed"
     )
@@ -327,7 +346,7 @@ class Eval(Section):
 
     every: int = Field(0, ge=0, description="Evaluate every N steps (0: only before and after training)")
     rows: int = Field(
-        200, ge=0, description="Number of held-out rows; at most half of a source that has no split of its own"
+        200, ge=0, description="Number of held-out rows; if they are taken from the training source, at most half of it"
     )
     samples: int = Field(4, ge=0, description="Sampled answers per row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(
@@ -336,18 +355,19 @@ class Eval(Section):
 
 
 class Guards(Section):
-    """When a run is in trouble: limits that are crossed give a warning, and are critical if that lasts."""
+    """Health limits of a run: crossing one is a warning, staying beyond it is critical."""
 
     rollbacks: int = Field(
         0,
         ge=0,
-        description="How often a critical guard may roll the run back (to the last good checkpoint, at half the "
-        "learning rate) before the run stops; 0: guards only warn",
+        description="Maximum number of roll-backs (to the last good checkpoint, at half the learning rate) before a "
+        "critical guard stops the run; 0: only warn",
     )
     entropy: float = Field(
         0.01,
         ge=0,
-        description="Lowest healthy entropy_sampled (nats); below it answers hardly vary, unless they are solved",
+        description="Warn if the entropy of sampled tokens (metric entropy_sampled, nats) falls below this while "
+        "prompts are still unsolved: answers hardly vary any more",
     )
 
 
