@@ -182,11 +182,11 @@ def test_saved_adapter_is_plain_peft(folders, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.trainable().values(), policy.trainable().values(), strict=True))
 
 
-def test_an_adapter_made_for_another_base_is_said(folders, tmp_path, capsys):
+def test_an_adapter_made_for_another_base_is_said(folders, tmp_path, caplog):
     policy_of(folders["qwen2"], upstream="Someone/Base-1B").save_adapter(tmp_path / "adapter")
     for base, warned in (("Someone/Base-1B", False), ("Someone/Other-1B", True)):
         policy_of(folders["qwen2"], random_adapter=False, upstream=base, adapter=str(tmp_path / "adapter"))
-        said = capsys.readouterr().err
+        said = caplog.text
         assert ("Someone/Base-1B" in said and base in said) == warned
 
 

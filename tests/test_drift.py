@@ -80,7 +80,7 @@ def our_calls() -> list[ast.Call]:
 
 def test_unsloth_takes_every_argument_that_we_give(unsloth_source):
     """By name: what a method only swallows with **kwargs counts as unknown."""
-    source, _ = unsloth
+    source, _ = unsloth_source
     outer = methods(source["loader.py"], "FastLanguageModel")
     inner = methods(source["llama.py"], "FastLlamaModel")  # its base; a method that only passes on is looked up there
     calls = our_calls()

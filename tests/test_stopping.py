@@ -157,7 +157,7 @@ def test_ctrl_c_suspend_a_second_run_and_resume(tiny_config, tmp_path):
     wait_for(run, logs[0], "step 2/")
     run.send_signal(signal.SIGSTOP)
     assert start(logs[1], "--resume", folder).wait() == 1
-    assert f"error: {folder} is in use by process {run.pid}: wait until that has ended" in logs[1].read_text()
+    assert f"error: {folder} is in use by process {run.pid}: wait for it" in logs[1].read_text()
     run.send_signal(signal.SIGHUP)
     run.send_signal(signal.SIGCONT)
     wait_for(run, logs[0], "step 5/")
@@ -168,11 +168,11 @@ def test_ctrl_c_suspend_a_second_run_and_resume(tiny_config, tmp_path):
     assert (
         logs[0]
         .read_text()
-        .endswith(f'stopped by Ctrl-C, everything saved. Go on with: lite-trgrpo train --resume "{folder}"\n')
+        .endswith(f'stopped by Ctrl-C, everything saved. Continue with: lite-trgrpo train --resume "{folder}"\n')
     )
     steps = checkpoint.steps_done(checkpoint.newest(folder / "checkpoints"))
     assert start(logs[2], "--resume", folder, "--steps", steps + 1).wait() == 0
-    assert f"going on after step {steps} of {steps + 1}" in logs[2].read_text()
+    assert f"Continuing after step {steps} of {steps + 1}" in logs[2].read_text()
 
 
 @pytest.mark.slow

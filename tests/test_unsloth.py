@@ -203,7 +203,7 @@ def test_asked_for_by_name_its_absence_is_an_error(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["import", "load"])
-def test_left_to_us_the_other_backend_takes_over(folder, package, monkeypatch, capsys, broken):
+def test_left_to_us_the_other_backend_takes_over(folder, package, monkeypatch, caplog, broken):
     """Where there is a card; without one the choice is made before."""
     monkeypatch.setattr(select, "choose", lambda _: ("unsloth", "a card and the package are there"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -215,7 +215,8 @@ def test_left_to_us_the_other_backend_takes_over(folder, package, monkeypatch, c
         monkeypatch.setattr(fast, "from_pretrained", staticmethod(lambda **_: 1 / 0))
     monkeypatch.setattr(hf, "load", lambda options, **_: "the other")
     monkeypatch.setattr(unsloth, "resolve_device", lambda _: torch.device("cpu"))
+    caplog.set_level("INFO", "lite_trgrpo")
     assert select.load(Model(name=folder), seed=0) == "the other"
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = [record.getMessage() for record in caplog.records]
     expected = {"import": "unsloth", "load": "division by zero"}
     assert "transformers" in line and expected[broken] in line
