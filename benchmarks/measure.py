@@ -93,7 +93,11 @@ def demo_model(**options: Any) -> Model:
 
 def policy_for(gradient_checkpointing: bool = False, **options: Any) -> TransformersPolicy:
     """SmolLM2-135M-Instruct with LoRA on every linear layer; B is random, so that the adapter does something."""
-    policy = load(demo_model(**options), seed=0, gradient_checkpointing=gradient_checkpointing)
+    return with_random_b(load(demo_model(**options), seed=0, gradient_checkpointing=gradient_checkpointing))
+
+
+def with_random_b(policy: TransformersPolicy) -> TransformersPolicy:
+    """The policy with a small random LoRA B: a new adapter adds nothing, so nothing would be measured."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():

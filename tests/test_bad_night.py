@@ -282,9 +282,10 @@ def test_limits_that_memory_lowered_fall_away_when_an_option_that_bears_on_memor
     state_file = max((tmp_path / "run" / "checkpoints").glob("step-*")) / "state.json"
     saved = json.loads(state_file.read_text())["limits"]
     lowered = {**saved, "tokens": 16, "rows": 2}
-    same, raised = Limits(64, 128), Limits(4096, 128)
-    same.resume(lowered, saved["options"])
-    raised.resume(lowered, [4096, *saved["options"][1:]])
+    same = Limits(64, 128, saved["options"])
+    raised = Limits(4096, 128, [4096, *saved["options"][1:]])
+    same.resume(lowered)
+    raised.resume(lowered)
     assert (same.tokens, same.rows) == (16, 2)
     assert (raised.tokens, raised.rows) == (4096, 128)
     assert Run.existing(tmp_path / "run").metrics()

@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the models of tests/, the tables of benchmarks/
 
+from measure import with_random_b  # noqa: E402
+
 from lite_trgrpo.config.schema import Model  # noqa: E402
 from lite_trgrpo.model.hf import TransformersPolicy, load  # noqa: E402
 from lite_trgrpo.records import Sampling  # noqa: E402
@@ -95,14 +97,8 @@ def folder_of(shape: str) -> Path:
 
 
 def policy_of(shape: str, **options: Any) -> TransformersPolicy:
-    """That model with an adapter that changes its answers (a new adapter adds nothing, so nothing would be tested)."""
-    policy = load(Model(name=str(folder_of(shape)), device=DEVICE, **options), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            if "lora_B" in name:
-                parameter.copy_(0.005 * torch.randn(parameter.shape, generator=generator))
-    return policy
+    """That model with an adapter that changes its answers."""
+    return with_random_b(load(Model(name=str(folder_of(shape)), device=DEVICE, **options), seed=0))
 
 
 def engine_of(policy: TransformersPolicy, rows: int, decoder: Decoder | None = None) -> Engine:

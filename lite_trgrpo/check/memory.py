@@ -34,7 +34,9 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
     given = config
     try:
         found = plan(config, shape, dtype, longest)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except LiteError:  # an option that cannot be, whatever the model
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         # The plan runs our own engine on tensors without data. A model that takes the plain path has no such plan.
         kind = getattr(shape, "model_type", "?")
         raise PlanError(

@@ -1,4 +1,4 @@
-"""TODO"""
+"""`chat`: talk to a model."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""`check`: machine, memory and rewards before a run."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Commands that look, before and beside a run: check, init, diagnose, compare."""
+"""`compare`: several objectives on the same prompts, weights and seeds."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO"""
+"""`diagnose`: the gradient by token probability."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO"""
+"""`eval`: held-out scores."""
 
 import json
 from typing import Annotated

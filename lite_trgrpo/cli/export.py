@@ -1,4 +1,4 @@
-"""TODO"""
+"""`export`: the adapter in the forms that others load."""
 
 from pathlib import Path
 from typing import Annotated

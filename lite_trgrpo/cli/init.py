@@ -1,4 +1,4 @@
-"""TODO"""
+"""`init`: a config for a data file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""Commands for what is there already: report, export, presets."""
+"""`presets`: list and print presets and objectives."""
 
 from typing import Annotated
 

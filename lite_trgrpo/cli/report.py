@@ -1,4 +1,4 @@
-"""TODO"""
+"""`report`: the HTML report of a run, or a comparison."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Commands that run the model: train, eval, chat."""
+"""`train`: a new run, or one that continues."""
 
 import sys
 from datetime import datetime
@@ -69,17 +69,9 @@ def train(
         resolved, changed = loading.resumed(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
-    elif run and run.suffix == ".toml":
-        raise typer.BadParameter(f"unexpected argument '{run}'. Did you mean --config {run}?")
-    elif run and run.is_file():
-        raise typer.BadParameter(
-            f"unexpected argument '{run}'. For data type: lite-trgrpo init {run}; for options: --config {run}"
-        )
-    elif run:
-        raise typer.BadParameter(
-            f"unexpected argument '{run}'. Did you mean --preset {run}, or --resume {run} to continue a run?"
-        )
     else:
+        if run:
+            raise typer.BadParameter(f"unexpected argument '{run}'. {_meant(run)}")
         resolved = loading.load(preset, config, set_, named, objective)
     if dry_run:
         print(loading.to_toml(resolved), end="")
@@ -96,3 +88,12 @@ def train(
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
         folder = run or output
         screen.say(f"next: lite-trgrpo chat --adapter {folder / 'adapter'} --compare, or lite-trgrpo export {folder}")
+
+
+def _meant(stray: Path) -> str:
+    """What an argument without --resume was probably meant to be."""
+    if stray.suffix == ".toml":
+        return f"Did you mean --config {stray}?"
+    if stray.is_file():
+        return f"For data type: lite-trgrpo init {stray}; for options: --config {stray}"
+    return f"Did you mean --preset {stray}, or --resume {stray} to continue a run?"

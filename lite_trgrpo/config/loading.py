@@ -1,6 +1,6 @@
 """From presets, files and flags to a run's options, and back to TOML.
 
-Values come from, later winning: the defaults in `options.py`, a preset, a TOML file, an objective recipe,
+Values come from, later winning: the defaults in `schema.py`, a preset, a TOML file, an objective recipe,
 `--set section.key=value`, named flags. A key's value is replaced as a whole (a table such as `rewards.functions` is one
 value, it is not merged); only a recipe's reward is added to the preset's.
 """

@@ -1,4 +1,4 @@
-"""Sources -> examples, held-out rows, and the order in which a run sees them.
+"""Sources -> rows.
 
 A source is a .jsonl, .csv or .parquet file, a data set on the Hub, `reasoning-gym:TASK`, or `builtin:addition`.
 Nothing is dropped silently: a row that cannot be used is an error that names file, line and reason.

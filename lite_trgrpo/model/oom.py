@@ -49,11 +49,11 @@ class Limits:
             raise OutOfMemoryError(advice("decoding one answer at a time does", "rollout.cache_mib"))
         self.rows = used // 2
 
-    def resume(self, saved: Mapping[str, Any], options: Sequence[Any]) -> None:
+    def resume(self, saved: Mapping[str, Any]) -> None:
         """Come down to what memory had allowed an earlier part of the run, unless an option that bears on memory has
         changed since: then what fits is found out anew.
         """
-        if saved.get("options", options) == options:
+        if saved.get("options", self.options) == self.options:  # older checkpoints name no options
             self.tokens, self.rows = min(self.tokens, saved["tokens"]), min(self.rows, saved["rows"])
 
     def as_dict(self) -> dict[str, Any]:

@@ -76,8 +76,7 @@ def _generated(
     scores = torch.stack(made.scores, 1).float()  # of a sampler, temperature included
     logprobs = torch.log_softmax(scores / sampling.temperature if sampling.greedy else scores, -1)
     for t, ruined in enumerate(ruined_at):
-        if t < logprobs.shape[1]:
-            logprobs[ruined, t] = math.nan
+        logprobs[ruined, t] = math.nan
     return made.sequences[:, len(prompt) :].tolist(), logprobs
 
 

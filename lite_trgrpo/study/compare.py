@@ -9,7 +9,7 @@ from typing import Any
 
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo import session
-from lite_trgrpo.build import encode, heldout_of, policy_of, with_cache
+from lite_trgrpo.build import heldout_of, ready
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import RunError
@@ -106,10 +106,7 @@ def _minutes(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def kl_to_base(config: Config, prompts: int = 64) -> float:
     """KL of the configured adapter to its base, per token (nats), on answers to held-out prompts."""
-    heldout = heldout_of(config)
-    policy = policy_of(config)
-    config = with_cache(config, policy)
-    encoded, _ = encode(policy, heldout[:prompts], config.data.max_prompt_tokens)
+    config, policy, encoded = ready(config, heldout_of(config)[:prompts])
     return evaluation.kl_to_base(
         policy, [prompt for _, prompt in encoded], eval_sampling(config), config.train.micro_batch_tokens
     )

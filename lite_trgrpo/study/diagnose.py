@@ -107,7 +107,7 @@ def _table(gradients: Tensor, sums: Tensor, bounds: list[float]) -> list[dict[st
 
 
 def measure_gradients(config: Config, prompts: int) -> dict[str, Any]:
-    """Sample groups for `prompts` training prompts and measure whose gradient is how large: see `diagnose.py`."""
+    """Sample groups for `prompts` training prompts and measure whose gradient is how large."""
     config = config.changed("train", prompts_per_step=prompts)
     with scoring_of(config) as scoring:
         examples, _ = load_examples(config.data, config.eval.rows)

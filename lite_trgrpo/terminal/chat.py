@@ -18,7 +18,6 @@ from lite_trgrpo.text import plain
 if TYPE_CHECKING:
     from lite_trgrpo.model.hf import TransformersPolicy
 
-
 CHATTING = 2  # stream of random numbers, beside the trainer's
 GOLD, NEW = "/gold", "/new"
 HELP = f"{NEW} starts another conversation, {GOLD} ANSWER scores the last answer, an empty line ends"
@@ -83,37 +82,33 @@ def _ask() -> str:
 
 def _answered(policy: "TransformersPolicy", config: Config, speaker: Speaker, question: str, turn: int) -> None:
     """One question and its answer. Ctrl-C ends the answer; what cannot be answered is said. Then both are forgotten."""
-    before = list(speaker.messages)
     try:
         _answer(policy, config, speaker, question, turn)
     except KeyboardInterrupt:
-        speaker.messages = before
         print(" (interrupted)")
     except LiteError as error:
-        speaker.messages = before
         say(f"not answered: {error}")
     except (RuntimeError, MemoryError) as error:
         if not oom.ran_out(error):
             raise
-        speaker.messages = before
         say(oom.advice("this answer does", "rollout.max_new_tokens"))
         oom.free()
 
 
 def _answer(policy: "TransformersPolicy", config: Config, speaker: Speaker, question: str, turn: int) -> None:
-    speaker.messages.append({"role": "user", "content": question})
+    conversation = [*speaker.messages, {"role": "user", "content": question}]
     sampling = Sampling(
         1, config.rollout.max_new_tokens, temperature=config.rollout.temperature,
         key=(config.train.seed, CHATTING, turn), **config.rollout.decoding(),
     )  # fmt: skip
     if speaker.name:
         print(f"{speaker.name}: ", end="")
-    asked = list(speaker.messages)
+    asked = list(conversation)
     with policy.reference() if speaker.base else nullcontext():
         prompt = _encoded(policy, config, asked)
         answer = spoken(policy, prompt, sampling, lambda text: print(plain(text), end="", flush=True))
     print("" if answer.stopped else " (truncated)")
-    speaker.messages.append({"role": "assistant", "content": answer.text})
+    speaker.messages = [*conversation, {"role": "assistant", "content": answer.text}]
     speaker.last = Group(Example(asked, {}, "chat"), prompt, (answer,))
 
 

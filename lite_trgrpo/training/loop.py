@@ -61,7 +61,7 @@ def train(
         state = checkpoint.load(resume, trainable, optimizer)
         run.cut_back(state["logs"])
         job.step = job.saved = state["step"]
-        limits.resume(state["limits"], _memory_options(config))
+        limits.resume(state["limits"])
     job.history, job.evaluations = run.metrics(), run.evaluations()
     try:
         _probe(job)
