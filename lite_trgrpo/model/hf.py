@@ -166,6 +166,13 @@ class TransformersPolicy:
         """Check on a few tokens what we assume about a model: a plain head, and attention that ours can replace."""
         kind = self.network.config.model_type
         self.network.attend_by_groups(False)
+        if not self.network.finite():
+            if self.dtype == torch.float16:
+                raise ModelError(
+                    f"the activations of this {kind!r} model are beyond float16's largest number (65,504). Type --set "
+                    "model.dtype=float32, or bfloat16 on a card that has it"
+                )
+            raise ModelError(f"{self.located.folder} gives logits that are not finite: its weights are damaged")
         if self.network.head_differs():
             raise ModelError(
                 f"the model type {kind!r} changes its logits after the output head, which is not supported yet; take a "

@@ -89,6 +89,12 @@ class Network:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether a few tokens get finite logits; float16 ends at 65,504, and some models compute beyond it."""
+        ids = torch.arange(4, device=self.device).unsqueeze(0)
+        return bool(self.model(input_ids=ids, use_cache=False).logits.isfinite().all())
+
+    @torch.no_grad()
     def head_differs(self) -> bool:
         """Some architectures scale logits after the head; find out now, not from a run that learns nothing."""
         ids = torch.arange(4, device=self.device).unsqueeze(0)

@@ -24,8 +24,8 @@ WORDS = (
 
 @dataclass(slots=True)
 class Limits:
-    """How much is done at a time. Halved when memory runs out, kept from then on and in checkpoints; no result changes
-    but by rounding.
+    """How much is done at a time, and how large gradients may be. Lowered when memory or a 16-bit number's range runs
+    out, kept from then on and in checkpoints; no result changes but by rounding.
     """
 
     tokens: int
@@ -34,6 +34,8 @@ class Limits:
     """Answers decoded side by side."""
     options: Sequence[Any] = ()
     """Values of the options that bear on memory, when the run was started or resumed."""
+    lowered: int = 0
+    """Powers of two by which the loss scale is below what the denominators allow: larger gradients had overflowed."""
 
     def fewer_tokens(self, used: int, rows: int) -> None:
         """After a micro-batch of `rows` answers, `used` tokens with their prompts, did not fit.
@@ -55,6 +57,7 @@ class Limits:
         """
         if saved.get("options", self.options) == self.options:  # older checkpoints name no options
             self.tokens, self.rows = min(self.tokens, saved["tokens"]), min(self.rows, saved["rows"])
+        self.lowered = saved.get("lowered", 0)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

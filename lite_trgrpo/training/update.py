@@ -20,6 +20,7 @@ from lite_trgrpo.training.weighting import step_mean, weight_range, weights_of
 
 Result = TypeVar("Result")
 CORRECTION_CAP = 2.0  # of pi_old / q
+OVERFLOW_STEP = 4  # powers of two by which the loss scale comes down when a gradient is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,8 @@ def update(
     foreign: another engine sampled, whose probabilities q are not quite the policy's. Then the advantage of each token
     is times min(pi_old / q, 2): truncated importance sampling.
 
-    Where memory runs out, `limits.tokens` is halved and the optimizer step computed anew. Raises OutOfMemoryError when
-    a single row does not fit.
+    Where memory runs out, `limits.tokens` is halved and the optimizer step computed anew; where a scaled gradient
+    overflows, the scale comes down (`loss_scale`). Raises OutOfMemoryError when a single row does not fit.
     """
     # One update: pi_old is the current policy. More: pi_old is what it was before the first of them.
     old = _frozen(policy, rows, temperature, limits) if updates > 1 else {}
@@ -99,13 +100,13 @@ def update(
 
     def learn(batch: Sequence[Row]) -> tuple[float, TokenStatistics]:
         loss, statistics = _batch_loss(policy, batch, objective, temperature, old, reference, mean_weight, foreign)
-        loss.backward()
+        (loss * loss_scale(rows, limits)).backward()
         return loss.item(), statistics
 
     losses: list[float] = []
     norms, skipped = [], 0
     statistics: list[TokenStatistics] = []
-    for _ in range(updates if rows else 0):
+    while rows and len(losses) < updates:
         optimizer.zero_grad()
         try:
             parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
@@ -113,8 +114,15 @@ def update(
             error.torn = bool(losses)
             raise
         loss = sum(part for part, _ in parts)
-        statistics += [part for _, part in parts]
+        scale = loss_scale(rows, limits)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        if math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
+            limits.lowered += OVERFLOW_STEP  # the gradient is computed anew, so no answer of the step is lost
+            continue
+        statistics += [part for _, part in parts]
         if math.isfinite(loss) and math.isfinite(norm):
             _stepped(optimizer, torn=bool(losses))
         else:
@@ -128,6 +136,17 @@ def update(
         "updates_skipped": skipped,
         **merged(statistics).report(*weight_range(objective)),
     }
+
+
+def loss_scale(rows: Sequence[Row], limits: Limits) -> float:
+    """The power of two by which the loss is multiplied before the backward pass, and the gradient divided after it.
+
+    A token's loss is divided by up to a million (the denominators). In float16 most of such a gradient is rounded to
+    zero on its way through the layers; times the smallest denominator it is of the order of 1. In 32 bits and in
+    bfloat16 nothing changes, because powers of two are exact there.
+    """
+    exponent = math.floor(math.log2(min(row.denominator for row in rows)))
+    return 2.0 ** max(0, exponent - limits.lowered)
 
 
 def _stepped(optimizer: torch.optim.Optimizer, torn: bool) -> None:
