@@ -18,9 +18,7 @@ class DataError(LiteError, ValueError):
 
 
 class OutOfMemoryError(LiteError, MemoryError):
-    """Even the smallest piece of work does not fit. `torn`: in the middle of a step that has changed the adapter."""
-
-    torn = False
+    """Even the smallest piece of work does not fit."""
 
 
 class RewardError(LiteError, ValueError):

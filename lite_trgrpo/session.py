@@ -1,7 +1,8 @@
 """Train and evaluate: the order in which a run happens, once its options are known."""
 
 import logging
-from contextlib import ExitStack
+import traceback
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lite_trgrpo.check import rewards as preflight
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config, memory_bytes
 from lite_trgrpo.data.examples import load_examples
-from lite_trgrpo.errors import LiteError, PlanError, first_line
+from lite_trgrpo.errors import LiteError, PlanError, RunError, first_line
 from lite_trgrpo.evaluate import eval_sampling
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.store import trackers
@@ -90,8 +91,23 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
                 else f" in {run.folder}"
             )
             raise Stopped(f"stopped by {stopped}, everything saved{on}", stopped.code) from None
+        except LiteError:
+            raise
+        except Exception as error:
+            raise RunError(_unexpected(run, error)) from None
     logger.info(f"adapter in {run.adapter}, report in {run.folder / report.NAME}")
     return run
+
+
+def _unexpected(run: Run, error: Exception) -> str:
+    """What to say of an error that nobody foresaw; its traceback goes into the run folder."""
+    file = run.folder / "error.txt"
+    with suppress(OSError):
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return (
+        f"{type(error).__name__}: {first_line(error)}. The traceback is in {file}. Continue from the last checkpoint "
+        f"with: lite-trgrpo train --resume {_quoted(run)}"
+    )
 
 
 def _panel(config: Config, run: Run, done: int | None, limit: int) -> Panel:

@@ -10,46 +10,54 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from lite_trgrpo.cli import app
 from lite_trgrpo.model.hf import TransformersPolicy
 from lite_trgrpo.rollout import engine
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import loop
-
-NIGHT = ("train.steps=6", "train.checkpoint_every=1", "guards.rollbacks=3", "eval.every=3")
-
-
-def lite(*words):
-    return CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"}).invoke(app, [str(word) for word in words])
+from tests.accidents import ACCIDENTS, DAMAGES, differences, lite, logged, tensors, tiny_run, train
 
 
-def train(config: Path, folder: Path, *overrides: str):
-    settings = [word for override in (*NIGHT, *overrides) for word in ("--set", override)]
-    return lite("train", "--config", config, "--output", folder, "--plain", *settings)
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("night"))
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def logs(folder: Path) -> list[dict]:
-    """Every metrics line but its clock; raises where one is torn or not JSON."""
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    text = (folder / "metrics.jsonl").read_text()
-    return [{**json.loads(line, parse_constant=refuse), "clock": None} for line in text.splitlines()]
-
-
-@pytest.fixture
-def undisturbed(tiny_config, tmp_path) -> Path:
-    done = train(tiny_config, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def undisturbed(tiny_config) -> Path:
+    folder = tiny_config.parent / "whole"
+    done = train(tiny_config, folder)
     assert done.exit_code == 0, done.output
-    return tmp_path / "whole"
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in ACCIDENTS if ACCIDENTS[name].same])
+def test_after_an_accident_the_run_ends_as_if_nothing_had_been(name, undisturbed, tiny_config, tmp_path):
+    accident, run = ACCIDENTS[name], tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        accident.happens(patch, accident.n)
+        done = train(tiny_config, run)
+    assert done.exit_code == accident.code, done.output
+    assert accident.word in done.stderr and "Traceback" not in done.output
+    if accident.code:
+        assert "train --resume" in done.stderr.splitlines()[-1]
+        again = lite("train", "--resume", run)
+        assert again.exit_code == 0, again.output
+    assert differences(run, undisturbed) == []
+    assert len(logged(run)) == 6 and not list((run / "checkpoints").glob(".part-*"))
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_after_damage_the_run_goes_on_as_if_nothing_had_been(name, undisturbed, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        ACCIDENTS["SIGTERM in an update"].happens(patch, 4)
+        assert train(tiny_config, run).exit_code == 130
+    DAMAGES[name](run)
+    again = lite("train", "--resume", run)
+    assert again.exit_code == 0, again.output
+    assert differences(run, undisturbed) == []
 
 
 def once(condition: Callable[..., bool]):
@@ -165,7 +173,7 @@ def test_a_ruined_policy_is_rolled_back_and_the_run_ends_well(accident, tiny_con
     done = train(tiny_config, tmp_path / "run")
     assert done.exit_code == 0, done.output
     assert re.search(rf"guard '{guard}' critical at step \d", done.stderr) and "rolled back" in done.stderr
-    lines = logs(tmp_path / "run")
+    lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert sum("rolled_back_to" in line for line in lines) == 1
     assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run").values())
@@ -176,7 +184,7 @@ def test_infinite_logits_cost_one_step_and_no_crash(tiny_config, tmp_path, monke
     infinite_logits(monkeypatch)
     done = train(tiny_config, tmp_path / "run", "eval.rows=0")
     assert done.exit_code == 0, done.output
-    lines = logs(tmp_path / "run")
+    lines = logged(tmp_path / "run")
     assert len(lines) == 6 and sum("finite" in line["guards"] for line in lines) == 1
     assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run").values())
 
@@ -198,7 +206,7 @@ def test_a_policy_that_is_ruined_from_the_start_ends_in_warnings(engine_name, ti
     done = train(tiny_config, tmp_path / "run", f"rollout.engine={engine_name}", "guards.rollbacks=0")
     assert done.exit_code == 0, done.output
     assert "guard 'finite' critical at step 1" in done.stderr and "Traceback" not in done.output
-    assert all(line["updates_skipped"] and line["length_mean"] <= 2 for line in logs(tmp_path / "run"))
+    assert all(line["updates_skipped"] and line["length_mean"] <= 2 for line in logged(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("where", ["sampling", "evaluation", "update", "drift"])
@@ -206,7 +214,7 @@ def test_no_memory_once_changes_no_result(where, undisturbed, tiny_config, tmp_p
     no_memory(monkeypatch, where)
     done = train(tiny_config, tmp_path / "run")
     assert done.exit_code == 0, done.output
-    expected, got = logs(undisturbed), logs(tmp_path / "run")
+    expected, got = logged(undisturbed), logged(tmp_path / "run")
     # smaller batches round differently, and AdamW's first steps amplify that: later steps are alike, not equal
     for key in ("reward_mean", "length_mean", "solved", "groups_with_signal"):
         assert got[0][key] == pytest.approx(expected[0][key], abs=1e-6), key
@@ -272,7 +280,7 @@ def test_a_model_that_cannot_be_planned_is_checked_and_trained(tmp_path):
     assert checked.exit_code == 0 and "gemma2" in checked.stderr, checked.output
     trained = lite("train", "--output", tmp_path / "run", "--plain", *settings)
     assert trained.exit_code == 0 and "gemma2" in trained.stderr, trained.output
-    assert len(logs(tmp_path / "run")) == 1
+    assert len(logged(tmp_path / "run")) == 1
 
 
 def test_limits_that_memory_lowered_fall_away_when_an_option_that_bears_on_memory_changes(tiny_config, tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.store.disk import sync
+from lite_trgrpo.store.disk import AFTERWARDS, sync
 
 STATE = "state.json"
 
@@ -56,7 +56,7 @@ def save(
         sync(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write a checkpoint into {folder}: {error}; the ones before are intact") from None
+        raise RunError(f"cannot write a checkpoint into {folder}: {error}; {AFTERWARDS}") from None
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -94,7 +94,7 @@ def save_adapter(write: Callable[[Path], None], folder: Path) -> None:
         for path in (*folder.iterdir(), folder, folder.parent):
             sync(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write the adapter into {folder}: {error}; the checkpoints are intact") from None
+        raise RunError(f"cannot write the adapter into {folder}: {error}; {AFTERWARDS}") from None
 
 
 def steps_done(path: Path) -> int:

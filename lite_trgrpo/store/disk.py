@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+AFTERWARDS = "checkpoints made before are intact: fix that, then continue with `lite-trgrpo train --resume`"
+"""The way out, in errors about a disk that refuses."""
+
 
 def sync(path: Path) -> None:
     """Wait until a file or a folder's list of names is on the disk. Windows cannot open a folder, and need not."""

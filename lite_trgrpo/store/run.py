@@ -11,10 +11,9 @@ from lite_trgrpo.config.loading import to_toml
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.records import Completion, Group
-from lite_trgrpo.store.disk import sync, write_whole
+from lite_trgrpo.store.disk import AFTERWARDS, sync, write_whole
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
-AFTERWARDS = "checkpoints made before are intact: fix that, then continue with `lite-trgrpo train --resume`"
 
 
 class Run:

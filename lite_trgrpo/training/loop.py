@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from statistics import pvariance
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.data.examples import batch
-from lite_trgrpo.errors import OutOfMemoryError
+from lite_trgrpo.errors import RunError
 from lite_trgrpo.evaluate import eval_sampling, evaluate, paired_gain
 from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.model.policy import Policy, sample_groups
@@ -49,7 +50,7 @@ def train(
     """Run to `config.train.steps`, from the start or from the checkpoint `resume`.
 
     Raises Stopped when `stop` or the guards end it before: with the state of the last finished step saved, its adapter
-    in the run folder.
+    in the run folder. Whatever else ends it, the state is saved if it is that of a finished step.
     """
     trainable = policy.trainable()
     optimizer = make_optimizer(list(trainable.values()), config.train)
@@ -63,15 +64,19 @@ def train(
         job.step = job.saved = state["step"]
         limits.resume(state["limits"])
     job.history, job.evaluations = run.metrics(), run.evaluations()
+    optimizer.register_step_pre_hook(lambda *_: setattr(job, "torn", True))
     try:
         _probe(job)
         _loop(job)
     except Stopped:
         recovery.finish(job, complete=False)
         raise
-    except OutOfMemoryError as error:
-        if not error.torn:
-            recovery.finish(job, complete=False)
+    except RunError:  # the disk refuses, perhaps in mid-line: what the last checkpoint counts on is there
+        raise
+    except Exception:  # out of memory, or a library at fault
+        if not job.torn:
+            with suppress(Exception):  # a card that is lost cannot be read; the first error is the one to show
+                recovery.finish(job, complete=False)
         raise
     recovery.finish(job, complete=True)
 
@@ -151,8 +156,10 @@ def _learn(job: Job, groups: list[Group], taught: list[Group], clock: dict[str, 
     norms = [line["grad_norm"] for line in job.history[-NORM_WINDOW:] if line["grad_norm"]]  # 0 or None: no update
     metrics["grad_norm_variance"] = pvariance(norms) if norms else None
     trouble = recovery.watch(job, metrics) or _hopeless(job, metrics)
+    job.torn = True
     job.run.log_step(metrics, groups, job.policy.pieces)
     job.step += 1
+    job.torn = False
     job.listener.step(metrics, groups)
     if trouble is not None:
         raise Stopped(trouble, 1)

@@ -51,6 +51,8 @@ class Job:
     limits: Limits
     step: int = 0
     """Steps that are done."""
+    torn: bool = False
+    """Adapter or logs hold a part of the next step, so a checkpoint now would be of no step."""
     history: list[Metrics] = field(default_factory=list)
     """Lines of metrics.jsonl: entry i is of step i + 1."""
     evaluations: list[Metrics] = field(default_factory=list)

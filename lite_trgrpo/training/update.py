@@ -108,11 +108,7 @@ def update(
     statistics: list[TokenStatistics] = []
     while rows and len(losses) < updates:
         optimizer.zero_grad()
-        try:
-            parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
-        except OutOfMemoryError as error:
-            error.torn = bool(losses)
-            raise
+        parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
         loss = sum(part for part, _ in parts)
         scale = loss_scale(rows, limits)
         for parameter in parameters:
@@ -124,7 +120,7 @@ def update(
             continue
         statistics += [part for _, part in parts]
         if math.isfinite(loss) and math.isfinite(norm):
-            _stepped(optimizer, torn=bool(losses))
+            _stepped(optimizer)
         else:
             skipped += 1  # one bad batch must not poison the adapter
         losses.append(loss)
@@ -149,16 +145,14 @@ def loss_scale(rows: Sequence[Row], limits: Limits) -> float:
     return 2.0 ** max(0, exponent - limits.lowered)
 
 
-def _stepped(optimizer: torch.optim.Optimizer, torn: bool) -> None:
+def _stepped(optimizer: torch.optim.Optimizer) -> None:
     """The first step makes the optimizer's state, before it changes a weight: that may not fit."""
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        failed = OutOfMemoryError(advice("the optimizer's state does", "model.lora_rank"))
-        failed.torn = torn
-        raise failed from None
+        raise OutOfMemoryError(advice("the optimizer's state does", "model.lora_rank")) from None
 
 
 def probe(policy: Policy, prompt_ids: Ids, answers: int, tokens: int, temperature: float, limits: Limits) -> None:
