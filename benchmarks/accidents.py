@@ -59,11 +59,13 @@ def ended(run: Path) -> bool:
 
 def story(config: Path, run: Path, whole: Path, draw: random.Random, met: Counter[str]) -> str:
     """One run and its accidents; -> what is wrong with it, empty if nothing is."""
-    exact = True
+    exact, told = True, []
     for _ in range(draw.randint(1, 3)):
         name = draw.choice([*ACCIDENTS, KILLED])
-        events = 4 if name == KILLED else ACCIDENTS[name].events
-        code = part(config, run, name, draw.randint(1, events))
+        first, last = (1, 4) if name == KILLED else (ACCIDENTS[name].first, ACCIDENTS[name].events)
+        event = draw.randint(first, last)
+        code = part(config, run, name, event)
+        told.append(f"{name} ({event})")
         if code == 99:
             return f"{name}: {run.with_suffix('.log').read_text()[-300:]}"
         exact = exact and (name == KILLED or ACCIDENTS[name].same)
@@ -73,13 +75,14 @@ def story(config: Path, run: Path, whole: Path, draw: random.Random, met: Counte
         if len(list((run / "checkpoints").glob("step-*"))) > 1 and draw.random() < 0.3:
             damage = draw.choice(list(DAMAGES))
             DAMAGES[damage](run)
+            told.append(damage)
             met[damage] += 1
     if not ended(run) and (code := part(config, run, None, 0)) != 0:
-        return f"resumed, it ended with exit code {code}"
+        return f"{told}: resumed, it ended with exit code {code}"
     if [line["step"] for line in logged(run)] != list(range(1, 7)):
-        return "steps are missing or twice there"
+        return f"{told}: steps are missing or twice there"
     wrong = differences(run, whole) if exact else []
-    return f"not as the undisturbed one: {', '.join(wrong)}" if wrong else ""
+    return f"{told}: not as the undisturbed one: {', '.join(wrong)}" if wrong else ""
 
 
 def main() -> None:

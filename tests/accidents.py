@@ -184,6 +184,8 @@ class Accident:
     """Part of what is said."""
     same: bool = True
     """Whether the result, resumed where the run ended, is bit for bit that of the undisturbed run."""
+    first: int = 1
+    """Its first event after loading, whose own steps of decoding are a self-check that may choose the plain path."""
 
 
 def _call(owner: object, name: str, strike: Callable, after: bool = False) -> Callable[[Patch, int], None]:
@@ -207,7 +209,9 @@ ACCIDENTS = {
     "a full disk in the scores": Accident(functools.partial(half_a_line, "eval.jsonl"), 2, 3, 1, "eval.jsonl"),
     "a full disk in the report": Accident(_call(report, "write_whole", no_room), 2, 6, 0, "report"),
     "the clock is set back": Accident(clock_set_back, 10, 40, 0, ""),
-    "a library fails while sampling": Accident(_call(engine.Engine, "_step", library_fails), 41, 80, 1, "error.txt"),
+    "a library fails while sampling": Accident(
+        _call(engine.Engine, "_step", library_fails), 41, 80, 1, "error.txt", first=12
+    ),
     "a library fails in the update": Accident(
         _call(TransformersPolicy, "logprobs", library_fails), 6, 12, 1, "error.txt"
     ),
@@ -215,7 +219,9 @@ ACCIDENTS = {
         _call(loop, "update", library_fails, after=True), 4, 6, 1, "error.txt"
     ),
     "a library fails in an evaluation": Accident(_call(loop, "evaluate", library_fails), 2, 3, 1, "error.txt"),
-    "no memory in a step of decoding": Accident(_call(engine.Engine, "_step", no_memory), 41, 80, 0, "", same=False),
+    "no memory in a step of decoding": Accident(
+        _call(engine.Engine, "_step", no_memory), 41, 80, 0, "", same=False, first=12
+    ),
     "no memory in the update": Accident(_call(TransformersPolicy, "logprobs", no_memory), 6, 12, 0, "", same=False),
 }
 

@@ -5,6 +5,8 @@ After each: the exit code, one clear line, a run folder that holds together, and
 
 import json
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,31 @@ def test_after_damage_the_run_goes_on_as_if_nothing_had_been(name, undisturbed, 
     again = lite("train", "--resume", run)
     assert again.exit_code == 0, again.output
     assert differences(run, undisturbed) == []
+
+
+def test_what_a_refused_change_offers_after_a_kill_works(tiny_config, tmp_path):
+    """A killed run has no adapter yet: each command that the message names is typed here."""
+    run, change = tmp_path / "a run", ["--set", "train.learning_rate=1e-5"]
+    with pytest.MonkeyPatch.context() as patch:
+        ACCIDENTS["SIGTERM in an update"].happens(patch, 4)
+        train(tiny_config, run)
+    shutil.rmtree(run / "adapter")  # as SIGKILL leaves it
+    refused = lite("train", "--resume", run, *change)
+    [first] = [shlex.split(words) for words in re.findall(r"`lite-trgrpo (.*?)`", refused.stderr)]
+    [second] = [shlex.split(words) for words in re.findall(r'--set ("model.*?")', refused.stderr)]
+    assert lite(*first).exit_code == 0 and (run / "adapter").is_dir()
+    new = train(tiny_config, tmp_path / "new", second[0], "train.learning_rate=1e-5", "train.steps=1")
+    assert new.exit_code == 0, new.output
+
+
+def test_ctrl_c_in_a_comparison_offers_the_comparison(tiny_config, tmp_path):
+    arguments = ["compare", "-c", tiny_config, "--objectives", "grpo,tr-grpo", "--seeds", "0", "-o", tmp_path / "c"]
+    with pytest.MonkeyPatch.context() as patch:
+        ACCIDENTS["SIGTERM in an update"].happens(patch, 3)
+        stopped = lite(*arguments)
+    assert stopped.exit_code == 130 and "compare --objectives grpo,tr-grpo" in stopped.stderr.splitlines()[-1]
+    assert str(tmp_path / "c") in stopped.stderr and "train --resume" not in stopped.stderr
+    assert lite(*arguments).exit_code == 0
 
 
 def once(condition: Callable[..., bool]):

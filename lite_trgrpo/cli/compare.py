@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,7 @@ from lite_trgrpo.cli.app import (
     app,
     command,
 )
-
-if TYPE_CHECKING:
-    pass
+from lite_trgrpo.training.stopping import Stopped
 
 
 @app.command()
@@ -54,7 +52,16 @@ def compare(
 
     picture = output / "compare.svg"
     figures.check(picture)
-    result = comparing.run_arms(arms, output)
+    try:
+        result = comparing.run_arms(arms, output)
+    except Stopped as stopped:
+        if stopped.code == 1:  # a guard: the same command would end in the same way
+            raise
+        raise Stopped(
+            f"the comparison in {output} is interrupted, everything saved. Continue with the same command: "
+            f"lite-trgrpo compare --objectives {objectives} ... --output {output}",
+            stopped.code,
+        ) from None
     (output / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     screen.show([screen.comparison_table(result["objectives"])])
     figures.comparison(result["curves"], picture)

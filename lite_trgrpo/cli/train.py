@@ -66,7 +66,7 @@ def train(
         from lite_trgrpo.store import resuming
 
         run = resuming.to_resume(run)
-        resolved, changed = loading.resumed(run, set_, named)
+        resolved, changed = resuming.options_of(run, set_, named)
         for line in changed:
             print(f"changed: {line}", file=sys.stderr)
     else:

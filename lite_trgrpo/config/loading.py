@@ -194,25 +194,6 @@ def _put(settings: Settings, section: str, key: str, value: Any) -> None:
         table[key] = value
 
 
-def resumed(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The options of the run in `folder` with what is given over them -> options, and what changed, for the person."""
-    file = folder / "config.toml"
-    before, after = load(file=file), load(None, file, overrides, named)
-    was, now = before.model_dump(), after.model_dump()
-    changed = {
-        f"{section}.{key}": f"{section}.{key}: {old!r} -> {now[section][key]!r}"
-        for section, values in was.items()
-        for key, old in values.items()
-        if old != now[section][key]
-    }
-    if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
-        raise ConfigError(
-            f"{'; '.join(refused)}: this cannot change in a resumed run. Start a new one from its adapter with "
-            f"--set 'model.adapter=\"{folder / 'adapter'}\"'. What may change: {', '.join(sorted(MAY_CHANGE))}"
-        )
-    return after, list(changed.values())
-
-
 def lay_over(merged: Settings, path: Path) -> None:
     """Put the options of a file over those in `merged`, each under the name that it has today."""
     for section, values in read_toml(path).items():

@@ -1,11 +1,13 @@
 """Finding the run that is to go on, and whether what it finds today is what it was started with."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.errors import RunError
+from lite_trgrpo.config.loading import MAY_CHANGE, load
+from lite_trgrpo.config.schema import Config
+from lite_trgrpo.errors import ConfigError, RunError
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.lock import in_use
 from lite_trgrpo.store.run import Run, run_folders
@@ -32,6 +34,37 @@ def newest_unfinished(folder: Path) -> Path:
     raise RunError(
         f"no unfinished run in {folder.absolute()}; continue a finished one with --resume RUN and a larger --steps"
     )
+
+
+def options_of(folder: Path, overrides: Sequence[str], named: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The options of the run in `folder` with what is given over them -> options, and what changed, for the person."""
+    file = folder / "config.toml"
+    before, after = load(file=file), load(None, file, overrides, named)
+    was, now = before.model_dump(), after.model_dump()
+    changed = {
+        f"{section}.{key}": f"{section}.{key}: {old!r} -> {now[section][key]!r}"
+        for section, values in was.items()
+        for key, old in values.items()
+        if old != now[section][key]
+    }
+    if refused := [line for name, line in changed.items() if name not in MAY_CHANGE]:
+        raise ConfigError(
+            f"{'; '.join(refused)}: this cannot change in a resumed run. {_from_its_adapter(Run(folder))}. "
+            f"What may change: {', '.join(sorted(MAY_CHANGE))}"
+        )
+    return after, list(changed.values())
+
+
+def _from_its_adapter(run: Run) -> str:
+    """How to start another run from what this one has learned. A killed run has checkpoints, but no adapter yet."""
+    found = checkpoint.newest(run.checkpoints)
+    if found is None and not run.adapter.exists():
+        return "It has no checkpoint yet, so start again with another --output"
+    start = f'start a new one from its adapter with --set "model.adapter={run.adapter}"'
+    if run.adapter.exists() or found is None:
+        return start[0].upper() + start[1:]
+    done = checkpoint.steps_done(found)
+    return f'Write its adapter with `lite-trgrpo train --resume "{run.folder}" --steps {done}`, then {start}'
 
 
 def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
