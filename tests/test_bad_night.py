@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -60,6 +61,23 @@ def test_after_damage_the_run_goes_on_as_if_nothing_had_been(name, undisturbed, 
     again = lite("train", "--resume", run)
     assert again.exit_code == 0, again.output
     assert differences(run, undisturbed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.night
+def test_memory_and_open_files_stay_level_over_three_hundred_steps(tiny_config, tmp_path, monkeypatch):
+    process, seen, real = psutil.Process(), [], loop.recovery.watch
+
+    def watch(job, metrics):
+        children = len(process.children(recursive=True))
+        seen.append((process.memory_info().rss / 2**20, (process.num_fds(), process.num_threads(), children)))
+        return real(job, metrics)
+
+    monkeypatch.setattr(loop.recovery, "watch", watch)
+    done = train(tiny_config, tmp_path / "run", "train.steps=300", "guards.rollbacks=0", "eval.every=50")
+    assert done.exit_code == 0, done.output
+    assert len({counts for _, counts in seen[50:]}) == 1
+    assert seen[-1][0] - seen[150][0] < 8, "MiB in the second half; measured 1"
 
 
 def test_what_a_refused_change_offers_after_a_kill_works(tiny_config, tmp_path):
