@@ -185,7 +185,7 @@ class Accident:
     same: bool = True
     """Whether the result, resumed where the run ended, is bit for bit that of the undisturbed run."""
     first: int = 1
-    """Its first event after loading, whose own steps of decoding are a self-check that may choose the plain path."""
+    """Its first event after loading: there a failure is another story (a self-check that falls back, a plain refusal)."""
 
 
 def _call(owner: object, name: str, strike: Callable, after: bool = False) -> Callable[[Patch, int], None]:
@@ -197,7 +197,7 @@ ACCIDENTS = {
     "SIGTERM in an update": Accident(_call(loop, "update", ask_to_end), 3, 6, 130, "train --resume"),
     "SIGTERM in an evaluation": Accident(_call(loop, "evaluate", ask_to_end), 2, 3, 130, "train --resume"),
     "SIGTERM in a checkpoint": Accident(_call(checkpoint, "save", ask_to_end), 3, 6, 130, "train --resume"),
-    "the reward process is killed": Accident(_call(Process, "receive", reward_killed), 9, 25, 0, ""),
+    "the reward process is killed": Accident(_call(Process, "receive", reward_killed), 9, 25, 0, "", first=2),
     "a full disk in a checkpoint": Accident(_call(checkpoint, "save_file", half_written), 5, 12, 1, "No space left"),
     "a full disk in the adapter": Accident(
         _call(TransformersPolicy, "save_adapter", no_room), 1, 1, 1, "No space left"
