@@ -185,7 +185,7 @@ class Accident:
     same: bool = True
     """Whether the result, resumed where the run ended, is bit for bit that of the undisturbed run."""
     first: int = 1
-    """Its first event after loading: there a failure is another story (a self-check that falls back, a plain refusal)."""
+    """Its first event after loading, where a failure is another story: a self-check that falls back, a refusal."""
 
 
 def _call(owner: object, name: str, strike: Callable, after: bool = False) -> Callable[[Patch, int], None]:
