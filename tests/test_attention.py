@@ -14,7 +14,17 @@ from lite_trgrpo.records import Prompt, Sampling
 from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
 from tests.test_backend import policy_of, relative_error
-from tests.tiny import END, KINDS, PAD, VOCABULARY, tiny_model, tiny_model_folder, tiny_tokenizer
+from tests.tiny import (
+    END,
+    HYBRID_TARGETS,
+    HYBRIDS,
+    KINDS,
+    PAD,
+    VOCABULARY,
+    tiny_model,
+    tiny_model_folder,
+    tiny_tokenizer,
+)
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -26,7 +36,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {kind: tiny_model_folder(root / kind, kind) for kind in KINDS}
+    return {kind: tiny_model_folder(root / kind, kind) for kind in KINDS + HYBRIDS}
 
 
 def folder_of(model, path):
@@ -104,6 +114,18 @@ def test_packed_equals_padded_in_float64(folders, kind, checkpointing):
     assert found.dtype == torch.float64
     assert relative_error(found, expected) < 1e-12
     assert relative_error(gradients(policy, found), gradients(policy, expected)) < 1e-10
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrid_update_equals_each_row_alone(folders, kind, checkpointing):
+    """Their rows are padded: no pad may reach a state, and no row another's."""
+    policy = policy_of(folders[kind], gradient_checkpointing=checkpointing, lora_targets=HYBRID_TARGETS)
+    rows = ragged_rows()
+    assert policy.network.by_groups and not policy.network.packs
+    found, expected = packed(policy, rows), torch.cat([plain(policy, [row]) for row in rows])
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(gradients(policy, found), gradients(policy, expected)) < 1e-4
 
 
 def test_the_order_of_the_rows_changes_nothing(folders):
@@ -225,9 +247,10 @@ def demo_policy():
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"},
                                      {"quantization": "nf4", "dtype": "bfloat16"}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HYBRIDS)
 def test_groups_fit(folders, kind, options, capfd):
-    assert policy_of(folders[kind], **options).network.by_groups
+    targets = {"lora_targets": HYBRID_TARGETS} if kind in HYBRIDS else {}
+    assert policy_of(folders[kind], **options, **targets).network.by_groups
     assert "warning" not in capfd.readouterr().err
 
 

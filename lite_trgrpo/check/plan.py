@@ -118,13 +118,13 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
             memory.add(tensor)
         frozen = sum(_bytes(name, p, config) for name, p in network.model.named_parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in network.trainable().values())
-        token_bytes = network.token_bytes * model_config.num_hidden_layers // layers
-        slots = slot_count([[0] * prompt_tokens] * groups, sampling, token_bytes)
+        sizes = (size * model_config.num_hidden_layers // layers for size in network.cache_bytes)
+        slots = slot_count([[0] * prompt_tokens] * groups, sampling, *sizes)
         lines = line_count(slots, groups)
         cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
         with memory.above(found, "rollout"):
             _sample(network, cache, slots, sampling, prompt_tokens)
-        kept = sum(tensor.nbytes for pair in (*cache.rows, *cache.lines) for tensor in pair)
+        kept = sum(tensor.nbytes for pair in (*cache.rows.values(), *cache.lines.values()) for tensor in pair)
         del cache
         with memory.above(found, "update"):
             _teach(network, config, prompt_tokens)

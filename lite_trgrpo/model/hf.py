@@ -136,7 +136,7 @@ class TransformersPolicy:
     ) -> Iterator[Answer]:
         if sampling.engine == "generate" or not self.network.by_groups:
             return padded.generate(self.model, prompts, sampling, wanted, self.end_ids, self.network.pad_id)
-        slots = slot_count(prompts, sampling, self.network.token_bytes)
+        slots = slot_count(prompts, sampling, *self.network.cache_bytes)
         return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted, grown).answers()
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:

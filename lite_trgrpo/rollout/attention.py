@@ -9,7 +9,7 @@ for decoding. Everything outside attention works on single tokens, so a batch ne
 in which an answer sees its prompt and itself, and positions go on from the prompt in each answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,19 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+StateName = tuple[int, str, int]  # layer, kind, number
+States = Mapping[StateName, Tensor]
+"""What layers without keys and values (convolutions, linear attention) carry from token to token: [R, ...] each."""
+
 
 class Attend(Protocol):
-    """One layer's attention. H query heads, K key-value heads, D head size."""
+    """One layer's attention, and the states of layers that do not attend. H query heads, K key-value heads, D head
+    size.
+    """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         """q [R, H, L, D], k and v [R, K, L, D] -> [R, L, H, D]; a query sees at most `window` keys, itself included."""
 
+    def states(self) -> States:
+        """States that the forward continues and overwrites in place; empty: it starts from nothing."""
+
+    def keep_states(self, states: States) -> None:
+        """Receive the states after a forward that started from nothing."""
+
 
 class Keep(Protocol):
-    """A receiver of the keys and values of a packed row."""
+    """A receiver of the keys and values of a packed row, or of the states after a row that is one prompt."""
 
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k and v [K, N, D] of all N tokens of the row."""
+
+    def keep_states(self, states: States) -> None:
+        """`states` [1, ...] after the last token of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +86,13 @@ class Packed:
             )
             return found
         return self._attend(q, k, v, scaling, window)
+
+    def states(self) -> States:
+        return {}
+
+    def keep_states(self, states: States) -> None:
+        if self._keep is not None:
+            self._keep.keep_states(states)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         q, k, v = q[0], k[0], v[0]  # [H, N, D]

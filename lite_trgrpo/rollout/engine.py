@@ -22,9 +22,11 @@ class Decoder(Protocol):
     """The part of a model that the engine needs."""
 
     device: torch.device
+    recurrent: bool
+    """Whether some layers carry a state from token to token: their prompts are read one by one."""
 
     def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
-        """ids and positions [R, L] -> last hidden states [R, L, width], with `groups` as the attention."""
+        """ids and positions [R, L] -> last hidden states [R, L, width]; `groups`: the attention, and layers' states."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, V], at least fp32."""
@@ -105,6 +107,8 @@ class Engine:
                 while line.waiting and len(self._rows) + len(begun) < self.slots:
                     begun.append((Answer(line.prompt, line.waiting.pop(0)), line))
             self._set_keys([answer for answer, _ in begun])
+            line_of = {id(line): i for i, line in enumerate(self._lines)}
+            self.cache.begin(len(self._rows), [line_of[id(line)] for _, line in begun])
             self._rows += begun
             logits = self.decoder.logits(torch.stack([line.last for _, line in begun]))
             finished += self._extend(begun, logits)
@@ -116,12 +120,13 @@ class Engine:
     def _read(self) -> None:
         """Read as many prompts as the free slots ask for, in one forward."""
         free, tokens = self.slots - len(self._rows), 0
+        at_once = 0 if self.decoder.recurrent else READ_AT_ONCE  # a state would run on from prompt to prompt
         chosen: list[int] = []
         while (
             self._queue
             and len(self._lines) + len(chosen) < self.max_lines
             and len(chosen) * self.sampling.members < free
-            and (not chosen or tokens + len(self.prompts[self._queue[0]]) <= READ_AT_ONCE)
+            and (not chosen or tokens + len(self.prompts[self._queue[0]]) <= at_once)
         ):
             tokens += len(self.prompts[self._queue[0]])
             chosen.append(self._queue.popleft())
@@ -201,16 +206,17 @@ def line_count(slots: int, prompts: int) -> int:
     return max(1, min(slots, prompts))
 
 
-def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int) -> int:
+def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int, state_bytes: int = 0) -> int:
     """The most rows, up to `sampling.max_rows`, whose keys and values fit `sampling.cache_bytes`; at least one.
 
-    `token_bytes`: keys and values of one token in all layers.
+    `token_bytes`: keys and values of one token in all layers; `state_bytes`: states of one sequence.
     """
     longest = max((len(prompt) for prompt in prompts), default=0)
 
     def needed(rows: int) -> int:
         lines = line_count(rows, len(prompts))
-        return token_bytes * (rows * bucket(sampling.max_new_tokens) + lines * bucket(longest))
+        tokens = rows * bucket(sampling.max_new_tokens) + lines * bucket(longest)
+        return token_bytes * tokens + state_bytes * (rows + lines)
 
     wanted = min(sampling.max_rows, len(prompts) * sampling.members)
     return next((rows for rows in range(wanted, 1, -1) if needed(rows) <= sampling.cache_bytes), 1)
