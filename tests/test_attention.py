@@ -2,13 +2,16 @@
 
 import random
 import types
+from itertools import chain
 
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from lite_trgrpo.check.plan import LiveBytes
 from lite_trgrpo.config import loading
 from lite_trgrpo.model import hf
+from lite_trgrpo.model.network import Network
 from lite_trgrpo.model.policy import sample_all, sample_groups
 from lite_trgrpo.records import Prompt, Sampling
 from lite_trgrpo.rollout.attention import Packed
@@ -353,10 +356,49 @@ def test_generate_leaves_the_callers_random_numbers_alone(folders):
     torch.manual_seed(0)
     numbers = torch.rand(3)
     torch.manual_seed(0)
-    found, drawn = [], []
-    for _, group in sample_groups(policy, prompts, sampling):
-        found.append(group)
+    found, drawn = {}, []
+    for p, group in sample_groups(policy, prompts, sampling):
+        found[p] = group
         drawn.append(torch.rand(1))  # between two groups, as rewards may
     drawn.append(torch.rand(1))
-    assert found == expected
+    assert [found[p] for p in range(2)] == expected
     assert torch.equal(torch.cat(drawn), numbers)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "lfm2", "qwen3_5_text"])
+def test_generate_draws_what_our_engine_draws(folders, kind):
+    """The same random numbers, whatever stands beside an answer: prompts are padded, and no pad may be seen."""
+    policy = policy_of(folders[kind])
+    prompts = [Prompt(tuple(range(3, 3 + length)), "") for length in (9, 1, 33, 20)]
+    ours = sample_all(policy, prompts, Sampling(3, 12, temperature=0.8, key=(4, 2)))
+    for rows in (64, 5, 1):
+        sampling = Sampling(3, 12, temperature=0.8, key=(4, 2), engine="generate", max_rows=rows)
+        theirs = sample_all(policy, prompts, sampling)
+        assert [[c.ids for c in group] for group in theirs] == [[c.ids for c in group] for group in ours]
+        for mine, other in zip(chain(*ours), chain(*theirs), strict=True):
+            torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 64])
+def test_generate_decodes_at_most_max_rows(folders, rows):
+    """What the retry after running out of memory lowers must lower something."""
+    policy, widths, grown = policy_of(folders["llama"]), [], []
+    policy.network.decoder.embed_tokens.register_forward_hook(lambda _, inputs, out: widths.append(len(inputs[0])))
+    prompts = [Prompt(tuple(range(3, 3 + length)), "") for length in (4, 1, 9)]
+    sampling = Sampling(4, 6, engine="generate", max_rows=rows)
+    found = list(policy.sample(prompts, sampling, [range(4)] * 3, lambda answer: grown.append(answer.ids[-1])))
+    assert max(widths) == min(rows, 12)
+    assert len(grown) == sum(len(completion.ids) for _, _, completion in found)
+
+
+def test_generate_keeps_no_scores(folders):
+    """One log-probability a token: memory must not grow with the vocabulary times the length."""
+    policy, wide = policy_of(folders["llama"]), 100 * VOCABULARY
+    policy.model.get_base_model().resize_token_embeddings(wide)
+    policy.network = Network(policy.model, PAD, False)
+    peaks = []
+    for tokens in (5, 40):
+        with LiveBytes() as memory:
+            list(policy.sample([Prompt((5, 6), "")], Sampling(8, tokens, engine="generate"), [range(8)]))
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] < 8 * wide * 4, "less than one more [8, V]"

@@ -22,7 +22,7 @@ from lite_trgrpo.config.schema import Config
 from lite_trgrpo.model.loading import no_dropout
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
-from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.packing import by_length, by_prompt
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
@@ -229,7 +229,8 @@ def _teach(network: Network, config: Config, prompt_tokens: int) -> None:
     answers, tokens = config.rollout.group_size, config.rollout.max_new_tokens
     groups = range(config.train.prompts_per_step)
     rows = [((p,) * prompt_tokens, (0,) * tokens) for p in groups for _ in range(answers)]
-    batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
+    batches = (by_prompt if network.packs else by_length)(rows, lambda row: row, config.train.micro_batch_tokens)
+    batch = max(batches, key=len)
     logprobs, _ = network.logprobs(batch, config.rollout.temperature)
     logprobs.sum().backward()
 

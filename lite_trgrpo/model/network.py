@@ -1,5 +1,6 @@
 """The model without its tokenizer: hidden states over groups, logits, log-probabilities of given answers."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,9 @@ from lite_trgrpo.model.policy import Sequences
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.attention import Attend, Packed
 from lite_trgrpo.rollout.cache import GroupCache
-from lite_trgrpo.rollout.engine import Engine
+from lite_trgrpo.rollout.engine import Answer, Engine
+
+TRIAL = [tuple(range(3, 12)), tuple(range(5, 9))]  # prompts on which ways to compute the same are compared
 
 
 class Network:
@@ -29,6 +32,8 @@ class Network:
         self.logits = Head(base.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self.by_groups = True
         """Whether our attention works for this model; else everything goes through `padded.py`."""
+        self.pads = True
+        """Whether `generate` may pad prompts on the left."""
         self.recurrent = has_states(self.config)
         """Whether some layers keep a state. Then rows of the update are padded: a state would run on along a row."""
         if gradient_checkpointing:
@@ -115,16 +120,23 @@ class Network:
         got = self.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
         return not torch.allclose(expected, got, rtol=2e-2, atol=2e-2)
 
-    @torch.no_grad()
     def groups_differ(self) -> str:
-        """Two groups through decoding and the packed forward, and through expected rows. -> what differs by more than
+        """Two groups through decoding and the packed forward, and through padded rows. -> what differs by more than
         rounding; empty if nothing does. Raises what a model raises that knows nothing of `groups`.
         """
-        prompts = [tuple(range(3, 12)), tuple(range(5, 9))]
-        answers = list(Engine(self, prompts, Sampling(2, 5), frozenset(), slots=3).answers())
-        rows = [(prompts[answer.prompt], tuple(answer.ids)) for answer in answers]
+        return self._differ(Engine(self, TRIAL, Sampling(2, 5), frozenset(), slots=3).answers(), not self.recurrent)
+
+    def padding_differs(self) -> str:
+        """The same of transformers' `generate` with prompts padded on the left."""
+        answers = padded.generate(self.model, TRIAL, Sampling(2, 5), [[0, 1], [0, 1]], frozenset(), self.pad_id)
+        return self._differ(answers, packs=False)
+
+    @torch.no_grad()
+    def _differ(self, sampled: Iterator[Answer], packs: bool) -> str:
+        answers = list(sampled)
+        rows = [(TRIAL[answer.prompt], tuple(answer.ids)) for answer in answers]
         expected = self.logits(padded.hidden(self.decoder, rows, self.pad_id))
-        packed = expected if self.recurrent else self.logits(self.packed_hidden(rows))
+        packed = self.logits(self.packed_hidden(rows)) if packs else expected
         ids = torch.tensor([i for answer in answers for i in answer.ids], device=self.device)
         drawn = torch.tensor([logprob for answer in answers for logprob in answer.logprobs], device=self.device)
         scored = torch.log_softmax(expected, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -106,7 +106,7 @@ class Engine:
             for line in self._lines:
                 while line.waiting and len(self._rows) + len(begun) < self.slots:
                     begun.append((Answer(line.prompt, line.waiting.pop(0)), line))
-            self._set_keys([answer for answer, _ in begun])
+            set_keys([answer for answer, _ in begun], self.sampling.key)
             line_of = {id(line): i for i, line in enumerate(self._lines)}
             self.cache.begin(len(self._rows), [line_of[id(line)] for _, line in begun])
             self._rows += begun
@@ -154,23 +154,7 @@ class Engine:
 
     def _extend(self, rows: Sequence[tuple[Answer, Line]], logits: Tensor) -> list[Answer]:
         """Draw each row's next token and let go of the rows that are finished."""
-        answers = [answer for answer, _ in rows]
-        uniform = None
-        if not self.sampling.greedy:
-            keys = np.array([answer.key for answer in answers], dtype=np.uint64)
-            positions = np.array([len(answer.ids) for answer in answers])
-            uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
-        ids, logprobs = draw(logits, uniform, temperature=self.sampling.temperature)
-        finished = []
-        for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
-            if math.isnan(logprob) and self.end_ids:  # the model is ruined: end here, and let the guard `finite` see it
-                token = min(self.end_ids)
-            answer.ids.append(token)
-            answer.logprobs.append(logprob)
-            answer.stopped = token in self.end_ids
-            self._grown(answer)
-            if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens:
-                finished.append(answer)
+        finished = extend([answer for answer, _ in rows], logits, self.sampling, self.end_ids, self._grown)
         if finished:
             self._release({id(answer) for answer in finished})
         return finished
@@ -194,11 +178,35 @@ class Engine:
                 self._lines[i] = self._lines[-1]
                 self._lines.pop()
 
-    def _set_keys(self, answers: Sequence[Answer]) -> None:
-        numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64)
-        keys = row_keys(self.sampling.key, numbers[:, 0], numbers[:, 1])
-        for answer, key in zip(answers, keys.tolist(), strict=True):
-            answer.key = key
+
+def set_keys(answers: Sequence[Answer], key: tuple[int, ...]) -> None:
+    numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64).reshape(-1, 2)
+    for answer, found in zip(answers, row_keys(key, numbers[:, 0], numbers[:, 1]).tolist(), strict=True):
+        answer.key = found
+
+
+def extend(
+    answers: Sequence[Answer], logits: Tensor, sampling: Sampling, end_ids: frozenset[int],
+    grown: Callable[[Answer], None],
+) -> list[Answer]:  # fmt: skip
+    """Draw the next token of each answer from its logits [B, V]; -> the answers that are finished with it."""
+    uniform = None
+    if not sampling.greedy:
+        keys = np.array([answer.key for answer in answers], dtype=np.uint64)
+        positions = np.array([len(answer.ids) for answer in answers])
+        uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
+    ids, logprobs = draw(logits, uniform, temperature=sampling.temperature)
+    finished = []
+    for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
+        if math.isnan(logprob) and end_ids:  # the model is ruined: end here, and let the guard `finite` see it
+            token = min(end_ids)
+        answer.ids.append(token)
+        answer.logprobs.append(logprob)
+        answer.stopped = token in end_ids
+        grown(answer)
+        if answer.stopped or len(answer.ids) == sampling.max_new_tokens:
+            finished.append(answer)
+    return finished
 
 
 def line_count(slots: int, prompts: int) -> int:
