@@ -6,7 +6,13 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from lite_trgrpo.check.plan import LiveBytes
 from lite_trgrpo.config import loading
@@ -278,14 +284,41 @@ def assert_right(policy):
                 torch.testing.assert_close(torch.tensor(completion.logprobs), picked, rtol=1e-4, atol=1e-4)
 
 
-def test_soft_capped_attention_falls_back(tmp_path, caplog):
-    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=1.0))
+def test_a_model_that_groups_do_not_fit_falls_back(tmp_path, caplog):
+    """BLOOM's attention knows no replacement."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bloom"](**SIZES))
     policy = policy_of(folder_of(model.float(), tmp_path))
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("lite_trgrpo")]
-    assert len(warnings) == 1 and "'gemma2' (attention with softcap)" in warnings[0]
-    assert not policy.network.by_groups
+    assert len(warnings) == 1 and "'bloom'" in warnings[0]
+    assert (policy.network.by_groups, policy.packs, policy.network.pads) == (False, False, True)
     assert_right(policy)
+
+
+def test_prompts_of_one_length_share_a_batch_where_pads_would_be_seen(tmp_path, monkeypatch):
+    """RWKV reads no attention mask: a pad on the left would reach its state."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["rwkv"](**SIZES))
+    policy, masks = policy_of(folder_of(model.float(), tmp_path), lora_targets=["key", "value"]), []
+    assert not policy.network.pads
+    real = policy.model.generate
+    monkeypatch.setattr(
+        policy.model, "generate", lambda **given: (masks.append(given["attention_mask"]), real(**given))
+    )
+    found = sample_all(policy, [Prompt((5,) * n, "") for n in (4, 1, 4)], Sampling(2, 3))
+    assert [len(group) for group in found] == [2, 2, 2]
+    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks] == [((2, 1), True), ((4, 4), True)]
+
+
+def test_soft_caps_are_those_of_the_models_own_attention(folders):
+    """The padded rows that others are compared with go through our replacement too, so here is transformers' eager."""
+    policy, rows = policy_of(folders["gemma2"]), ragged_rows()
+    found = packed(policy, rows)
+    policy.model.get_base_model().set_attn_implementation("eager")
+    assert relative_error(found, plain(policy, rows)) < 1e-5
+    policy.network.config.attn_logit_softcapping = 50.0
+    for module in policy.model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = 50.0
+    assert relative_error(found, plain(policy, rows)) > 1e-2
 
 
 def test_a_config_without_key_value_heads(tmp_path):
@@ -308,7 +341,7 @@ def test_attention_that_is_a_little_wrong_does_not_fit(folders, monkeypatch, kin
     monkeypatch.setattr(
         Packed,
         "attend",
-        lambda self, layer, q, k, v, scaling, window: attend(self, layer, q, k, v, scaling * 1.5, window),
+        lambda self, layer, q, k, v, scaling, *rest: attend(self, layer, q, k, v, scaling * 1.5, *rest),
     )
     assert not policy_of(folders[kind]).network.by_groups
 

@@ -12,6 +12,8 @@ from tokenizers.models import BPE
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
@@ -24,7 +26,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-KINDS = ("qwen2", "llama", "gemma3_text")
+KINDS = ("qwen2", "llama", "gemma2", "gemma3_text")
 HYBRIDS = ("lfm2", "qwen3_5_text", "qwen3_next", "bamba")
 HYBRID_TARGETS = [
     "q_proj",
@@ -88,8 +90,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> PreTrainedModel:
     """A random model of two layers in float32; every width is a multiple of 64, so nf4's blocks fit.
 
-    `qwen2` and `gemma3_text` tie their embeddings, `llama` does not; `gemma3_text` has one layer with a sliding
-    window of 8 tokens and one that sees everything. Hybrids have three layers, of which the second attends; the others
+    `qwen2` and both Gemmas tie their embeddings, `llama` does not; the Gemmas have one layer with a sliding window of 8
+    tokens and one that sees everything. Hybrids have three layers, of which the second attends; the others
     carry a state: a short convolution in `lfm2`, with a gated delta rule in Qwen3.5 and Qwen3-Next (here without
     experts), with Mamba-2 in `bamba`.
     """
@@ -103,6 +105,9 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> Pre
         return Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).float().eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).float().eval()
+    if kind == "gemma2":  # scores reach 3, so the cap bends them; transformers' SDPA would leave it out
+        heads = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 1.0}
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_implementation="eager")).float().eval()
     if kind == "gemma3_text":
         layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
         heads = {"head_dim": 16, "query_pre_attn_scalar": 16}

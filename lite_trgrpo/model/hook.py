@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite_trgrpo.rollout.attention import Attend, States
+from lite_trgrpo.rollout.attention import Attend, States, product
 
 NAME = "lite-groups"
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -29,17 +29,19 @@ def _attention(
     groups: Attend | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: [R, H, L, D] -> [R, L, H, D]."""
+    scaling, window, cap = options["scaling"], options.get("sliding_window"), options.get("softcap")
+    if groups is None and cap is not None:  # which their SDPA would leave out
+        return product(query, key, value, scaling, attention_mask, cap).transpose(1, 2), None
     if groups is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"attention with {unknown[0]}")
     layer: Any = module.layer_idx
-    scaling, window = options["scaling"], options.get("sliding_window")
-    return groups.attend(layer, query, key, value, float(scaling), window), None
+    return groups.attend(layer, query, key, value, float(scaling), window, cap), None
 
 
 def has_states(config: Any) -> bool:

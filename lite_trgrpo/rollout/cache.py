@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lite_trgrpo.rollout.attention import StateName, States
+from lite_trgrpo.rollout.attention import StateName, States, bent
 
 BUCKET = 16  # lengths are rounded up to this, so that shapes change every 16th token only
 
@@ -111,7 +111,9 @@ class GroupCache:
         """See `attention.Attend`: the first B of each store, so that what a layer writes is in its place."""
         return {name: store[: len(self._row)] for name, store in self.row_states.items()}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, cap: float | None = None
+    ) -> Tensor:
         """One new token a row, R = B; see `attention.Attend`."""
         # A row sees two stretches of keys: its prompt's, stored once for the group, and its own. Scores of both go into
         # one softmax. For the prompt's part the rows of a group are stacked, so that its keys are read once for all of
@@ -126,8 +128,7 @@ class GroupCache:
         # scaled before the product: q k^T itself may be beyond fp16
         q = (q * scaling).view(rows, k.shape[1], -1, width)  # the queries that share a key-value head side by side
         shared = self._by_row(self._by_line(q) @ line_k.transpose(-1, -2))
-        scores = torch.cat([shared, q @ row_k.transpose(-1, -2)], -1)
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) + self._mask(window)
+        scores = bent(torch.cat([shared, q @ row_k.transpose(-1, -2)], -1), cap) + self._mask(window)
         weights = torch.softmax(scores, -1).to(q.dtype)
         shared, own = weights.split([self._line_tokens, self._row_tokens], -1)
         out = own @ row_v + self._by_row(self._by_line(shared) @ line_v)
