@@ -2,19 +2,38 @@
 
 import random
 import types
+from itertools import chain
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
+from lite_trgrpo.check.plan import LiveBytes
 from lite_trgrpo.config import loading
 from lite_trgrpo.model import hf
+from lite_trgrpo.model.network import Network
 from lite_trgrpo.model.policy import sample_all, sample_groups
 from lite_trgrpo.records import Prompt, Sampling
 from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
 from tests.test_backend import policy_of, relative_error
-from tests.tiny import END, KINDS, PAD, VOCABULARY, tiny_model, tiny_model_folder, tiny_tokenizer
+from tests.tiny import (
+    END,
+    HYBRID_TARGETS,
+    HYBRIDS,
+    KINDS,
+    PAD,
+    VOCABULARY,
+    tiny_model,
+    tiny_model_folder,
+    tiny_tokenizer,
+)
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -26,7 +45,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {kind: tiny_model_folder(root / kind, kind) for kind in KINDS}
+    return {kind: tiny_model_folder(root / kind, kind) for kind in KINDS + HYBRIDS}
 
 
 def folder_of(model, path):
@@ -104,6 +123,18 @@ def test_packed_equals_padded_in_float64(folders, kind, checkpointing):
     assert found.dtype == torch.float64
     assert relative_error(found, expected) < 1e-12
     assert relative_error(gradients(policy, found), gradients(policy, expected)) < 1e-10
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrid_update_equals_each_row_alone(folders, kind, checkpointing):
+    """Their rows are padded: no pad may reach a state, and no row another's."""
+    policy = policy_of(folders[kind], gradient_checkpointing=checkpointing, lora_targets=HYBRID_TARGETS)
+    rows = ragged_rows()
+    assert policy.network.by_groups and not policy.network.packs
+    found, expected = packed(policy, rows), torch.cat([plain(policy, [row]) for row in rows])
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(gradients(policy, found), gradients(policy, expected)) < 1e-4
 
 
 def test_the_order_of_the_rows_changes_nothing(folders):
@@ -225,9 +256,10 @@ def demo_policy():
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"},
                                      {"quantization": "nf4", "dtype": "bfloat16"}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HYBRIDS)
 def test_groups_fit(folders, kind, options, capfd):
-    assert policy_of(folders[kind], **options).network.by_groups
+    targets = {"lora_targets": HYBRID_TARGETS} if kind in HYBRIDS else {}
+    assert policy_of(folders[kind], **options, **targets).network.by_groups
     assert "warning" not in capfd.readouterr().err
 
 
@@ -252,14 +284,41 @@ def assert_right(policy):
                 torch.testing.assert_close(torch.tensor(completion.logprobs), picked, rtol=1e-4, atol=1e-4)
 
 
-def test_soft_capped_attention_falls_back(tmp_path, caplog):
-    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=1.0))
+def test_a_model_that_groups_do_not_fit_falls_back(tmp_path, caplog):
+    """BLOOM's attention knows no replacement."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bloom"](**SIZES))
     policy = policy_of(folder_of(model.float(), tmp_path))
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("lite_trgrpo")]
-    assert len(warnings) == 1 and "'gemma2' (attention with softcap)" in warnings[0]
-    assert not policy.network.by_groups
+    assert len(warnings) == 1 and "'bloom'" in warnings[0]
+    assert (policy.network.by_groups, policy.packs, policy.network.pads) == (False, False, True)
     assert_right(policy)
+
+
+def test_prompts_of_one_length_share_a_batch_where_pads_would_be_seen(tmp_path, monkeypatch):
+    """RWKV reads no attention mask: a pad on the left would reach its state."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["rwkv"](**SIZES))
+    policy, masks = policy_of(folder_of(model.float(), tmp_path), lora_targets=["key", "value"]), []
+    assert not policy.network.pads
+    real = policy.model.generate
+    monkeypatch.setattr(
+        policy.model, "generate", lambda **given: (masks.append(given["attention_mask"]), real(**given))
+    )
+    found = sample_all(policy, [Prompt((5,) * n, "") for n in (4, 1, 4)], Sampling(2, 3))
+    assert [len(group) for group in found] == [2, 2, 2]
+    assert [(tuple(mask.shape), bool(mask.all())) for mask in masks] == [((2, 1), True), ((4, 4), True)]
+
+
+def test_soft_caps_are_those_of_the_models_own_attention(folders):
+    """The padded rows that others are compared with go through our replacement too, so here is transformers' eager."""
+    policy, rows = policy_of(folders["gemma2"]), ragged_rows()
+    found = packed(policy, rows)
+    policy.model.get_base_model().set_attn_implementation("eager")
+    assert relative_error(found, plain(policy, rows)) < 1e-5
+    policy.network.config.attn_logit_softcapping = 50.0
+    for module in policy.model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = 50.0
+    assert relative_error(found, plain(policy, rows)) > 1e-2
 
 
 def test_a_config_without_key_value_heads(tmp_path):
@@ -282,7 +341,7 @@ def test_attention_that_is_a_little_wrong_does_not_fit(folders, monkeypatch, kin
     monkeypatch.setattr(
         Packed,
         "attend",
-        lambda self, layer, q, k, v, scaling, window: attend(self, layer, q, k, v, scaling * 1.5, window),
+        lambda self, layer, q, k, v, scaling, *rest: attend(self, layer, q, k, v, scaling * 1.5, *rest),
     )
     assert not policy_of(folders[kind]).network.by_groups
 
@@ -330,10 +389,49 @@ def test_generate_leaves_the_callers_random_numbers_alone(folders):
     torch.manual_seed(0)
     numbers = torch.rand(3)
     torch.manual_seed(0)
-    found, drawn = [], []
-    for _, group in sample_groups(policy, prompts, sampling):
-        found.append(group)
+    found, drawn = {}, []
+    for p, group in sample_groups(policy, prompts, sampling):
+        found[p] = group
         drawn.append(torch.rand(1))  # between two groups, as rewards may
     drawn.append(torch.rand(1))
-    assert found == expected
+    assert [found[p] for p in range(2)] == expected
     assert torch.equal(torch.cat(drawn), numbers)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "lfm2", "qwen3_5_text"])
+def test_generate_draws_what_our_engine_draws(folders, kind):
+    """The same random numbers, whatever stands beside an answer: prompts are padded, and no pad may be seen."""
+    policy = policy_of(folders[kind])
+    prompts = [Prompt(tuple(range(3, 3 + length)), "") for length in (9, 1, 33, 20)]
+    ours = sample_all(policy, prompts, Sampling(3, 12, temperature=0.8, key=(4, 2)))
+    for rows in (64, 5, 1):
+        sampling = Sampling(3, 12, temperature=0.8, key=(4, 2), engine="generate", max_rows=rows)
+        theirs = sample_all(policy, prompts, sampling)
+        assert [[c.ids for c in group] for group in theirs] == [[c.ids for c in group] for group in ours]
+        for mine, other in zip(chain(*ours), chain(*theirs), strict=True):
+            torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 64])
+def test_generate_decodes_at_most_max_rows(folders, rows):
+    """What the retry after running out of memory lowers must lower something."""
+    policy, widths, grown = policy_of(folders["llama"]), [], []
+    policy.network.decoder.embed_tokens.register_forward_hook(lambda _, inputs, out: widths.append(len(inputs[0])))
+    prompts = [Prompt(tuple(range(3, 3 + length)), "") for length in (4, 1, 9)]
+    sampling = Sampling(4, 6, engine="generate", max_rows=rows)
+    found = list(policy.sample(prompts, sampling, [range(4)] * 3, lambda answer: grown.append(answer.ids[-1])))
+    assert max(widths) == min(rows, 12)
+    assert len(grown) == sum(len(completion.ids) for _, _, completion in found)
+
+
+def test_generate_keeps_no_scores(folders):
+    """One log-probability a token: memory must not grow with the vocabulary times the length."""
+    policy, wide = policy_of(folders["llama"]), 100 * VOCABULARY
+    policy.model.get_base_model().resize_token_embeddings(wide)
+    policy.network = Network(policy.model, PAD, False)
+    peaks = []
+    for tokens in (5, 40):
+        with LiveBytes() as memory:
+            list(policy.sample([Prompt((5, 6), "")], Sampling(8, tokens, engine="generate"), [range(8)]))
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] < 8 * wide * 4, "less than one more [8, V]"

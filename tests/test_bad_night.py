@@ -301,30 +301,25 @@ def test_no_memory_at_all_in_an_evaluation_is_one_line_and_resumes(undisturbed, 
 
 
 def test_a_model_that_cannot_be_planned_is_checked_and_trained(tmp_path):
-    """Gemma 2 caps its attention scores, which our engine does not: no plan, and the plain path trains it."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
+    """Bloom has an attention of its own, which ours cannot replace: no plan, and the plain path trains it."""
+    from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
     from tests.tiny import END, PAD, VOCABULARY, tiny_tokenizer
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, eos_token_id=END, pad_token_id=PAD, bos_token_id=None))
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}
+    model = BloomForCausalLM(BloomConfig(**sizes, eos_token_id=END, pad_token_id=PAD, bos_token_id=None))
     model.generation_config = GenerationConfig(eos_token_id=[END], pad_token_id=PAD)
-    model.save_pretrained(tmp_path / "gemma2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gemma2")
+    model.save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
     (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(6)))
-    options = [
-        f"model.name={tmp_path / 'gemma2'}",
-        f"data.source={tmp_path / 'data.jsonl'}",
-        "rollout.max_new_tokens=4",
-    ]
+    options = [f"model.name={tmp_path / 'bloom'}", f"data.source={tmp_path / 'data.jsonl'}", "rollout.max_new_tokens=4"]
     options += ["train.steps=1", "train.preflight=false", "eval.rows=0", "rollout.group_size=2"]
     settings = [word for option in options for word in ("--set", option)]
     checked = lite("check", "memory", *settings)
-    assert checked.exit_code == 0 and "gemma2" in checked.stderr, checked.output
+    assert checked.exit_code == 0 and "bloom" in checked.stderr, checked.output
     trained = lite("train", "--output", tmp_path / "run", "--plain", *settings)
-    assert trained.exit_code == 0 and "gemma2" in trained.stderr, trained.output
+    assert trained.exit_code == 0 and "bloom" in trained.stderr, trained.output
     assert len(logged(tmp_path / "run")) == 1
 
 

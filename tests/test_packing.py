@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.packing import by_length, by_prompt
 
 
 def pair(row):
@@ -60,3 +60,18 @@ def test_longest_first_and_the_order_within_a_group_stays():
 
 def test_no_rows_no_batches():
     assert list(by_prompt([], pair, 10)) == []
+
+
+def test_batches_by_length_hold_what_the_budget_pads():
+    draw = random.Random(0)
+    for budget in [1, 10, 50, 200, 10**6] * 20:
+        rows = random_rows(draw)
+        batches = list(by_length(rows, pair, budget))
+        assert sorted(row[2] for batch in batches for row in batch) == list(range(len(rows)))
+        lengths = [[len(row[0]) + len(row[1]) for row in batch] for batch in batches]
+        in_order = list(itertools.chain(*lengths))
+        assert in_order == sorted(in_order, reverse=True)
+        assert all(max(batch) * len(batch) <= budget or len(batch) == 1 for batch in lengths)
+        assert all(max(first) * (len(first) + 1) > budget for first, _ in itertools.pairwise(lengths)), (
+            "batches are full"
+        )

@@ -90,7 +90,7 @@ def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
     network = _real(model, config)
     sampling = _sampling(config)
     prompts = [[7] * PROMPT] * config.train.prompts_per_step
-    slots = slot_count(prompts, sampling, network.token_bytes)
+    slots = slot_count(prompts, sampling, *network.cache_bytes)
     assert slots == found.slots
 
     def decode() -> None:

@@ -14,7 +14,7 @@ from lite_trgrpo.rollout.cache import GroupCache
 from lite_trgrpo.rollout.engine import Engine, slot_count
 from tests.test_attention import demo_policy
 from tests.test_backend import policy_of
-from tests.tiny import KINDS, PAD, VOCABULARY, tiny_model_folder
+from tests.tiny import HYBRID_TARGETS, HYBRIDS, KINDS, PAD, VOCABULARY, tiny_model_folder
 
 SLOTS = (1, 2, 3, 5, 7, 64)
 LENGTHS = (9, 1, 33, 3, 20, 8)  # around gemma's window of 8 and the cache's steps of 16
@@ -24,7 +24,10 @@ LENGTHS = (9, 1, 33, 3, 20, 8)  # around gemma's window of 8 and the cache's ste
 def policies(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     few = ["q_proj", "v_proj", "down_proj"]  # each adapter costs a third of a millisecond a step
-    return {kind: policy_of(tiny_model_folder(root / kind, kind), lora_targets=few) for kind in KINDS}
+    found = {kind: policy_of(tiny_model_folder(root / kind, kind), lora_targets=few) for kind in KINDS}
+    return found | {
+        kind: policy_of(tiny_model_folder(root / kind, kind), lora_targets=HYBRID_TARGETS) for kind in HYBRIDS
+    }
 
 
 def ids_of(lengths, seed=0):
@@ -74,7 +77,7 @@ def generated(policy, prompt, tokens):
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HYBRIDS)
 def test_greedy_equals_generate_for_any_number_of_slots(policies, kind):
     policy, prompts = policies[kind], ids_of(LENGTHS)
     expected = [generated(policy, prompt, 20) for prompt in prompts]
@@ -97,14 +100,15 @@ def test_greedy_equals_generate_on_a_real_model(slots):
     assert_scored(policy, prompts, answers)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + HYBRIDS)
 def test_sampled_answers_do_not_depend_on_slots_or_order(policies, kind):
     policy, prompts, sampling = policies[kind], ids_of(LENGTHS), Sampling(4, 20, temperature=0.8, key=(7, 1))
     ends = range(3, 50)  # random models rarely end an answer
     _, first = decoded(policy, prompts, sampling, 64, ends)
     assert_scored(policy, prompts, first, 0.8, ends)
     assert len({len(answer.ids) for answer in first.values()}) > 8, "rows leave at different times"
-    assert len({tuple(answer.ids) for answer in first.values()}) == len(first), "members are different draws"
+    longer = [tuple(answer.ids) for answer in first.values() if len(answer.ids) > 1]
+    assert len(set(longer)) == len(longer), "members are different draws"
     for slots in (1, 3, 7, 64):
         _, answers = decoded(policy, prompts, sampling, slots, ends, reverse=slots != 7)
         assert {key: answer.ids for key, answer in answers.items()} == {k: a.ids for k, a in first.items()}
@@ -163,8 +167,9 @@ def test_bf16_answers_are_scored_like_the_packed_forward(tmp_path):
 # -- work and memory ----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_computed_twice(policies):
-    policy, prompts = policies["qwen2"], ids_of(LENGTHS)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5_text"])
+def test_nothing_is_computed_twice(policies, kind):
+    policy, prompts = policies[kind], ids_of(LENGTHS)
     forwarded = []
     hook = policy.network.decoder.embed_tokens.register_forward_hook(
         lambda _, inputs, out: forwarded.append(inputs[0].numel())
@@ -196,23 +201,24 @@ def test_no_slot_is_idle_while_anybody_waits(policies, members, slots, monkeypat
 
 
 def stored_bytes(cache):
-    return sum(store.nbytes for pairs in (cache.rows, cache.lines) for pair in pairs for store in pair)
+    kept = sum(store.nbytes for pairs in (cache.rows, cache.lines) for pair in pairs.values() for store in pair)
+    return kept + sum(state.nbytes for states in (cache.row_states, cache.line_states) for state in states.values())
 
 
 def test_moving_costs_no_more_for_long_answers(policies, monkeypatch):
     policy, per_token, moved, real = policies["llama"], [], [], GroupCache._move
 
-    def move(self, stores, source, target, tokens):
+    def move(self, stores, states, source, target, tokens):
         if source != target:
-            moved.append(sum(store[source, :, :tokens].nbytes for pair in stores for store in pair))
-        real(self, stores, source, target, tokens)
+            moved.append(sum(store[source, :, :tokens].nbytes for pair in stores.values() for store in pair))
+        real(self, stores, states, source, target, tokens)
 
     monkeypatch.setattr(GroupCache, "_move", move)
     for tokens, ends in ((32, range(3, 30)), (128, range(3, 10))):
         moved.clear()
         _, answers = decoded(policy, ids_of([4] * 12), Sampling(4, tokens, key=(6,)), 16, ends)
         kept = sum(len(answer.ids) for answer in answers.values())
-        per_token.append((kept / len(answers), sum(moved) / kept / policy.network.token_bytes))
+        per_token.append((kept / len(answers), sum(moved) / kept / policy.network.cache_bytes[0]))
     (short, once), (long, again) = per_token
     assert long > 2.5 * short
     assert 0 < again < 1.2 * once < 1.2
@@ -220,11 +226,12 @@ def test_moving_costs_no_more_for_long_answers(policies, monkeypatch):
 
 @pytest.mark.parametrize("mib", [4.0, 1.0, 0.25, 0.1])
 @pytest.mark.parametrize(("members", "tokens"), [(8, 40), (8, 1), (3, 17), (64, 5)])
-def test_the_cache_stays_within_its_budget(policies, members, tokens, mib):
-    policy, budget = policies["qwen2"], int(mib * 2**20)
+@pytest.mark.parametrize("kind", ["qwen2", "lfm2"])
+def test_the_cache_stays_within_its_budget(policies, kind, members, tokens, mib):
+    policy, budget = policies[kind], int(mib * 2**20)
     prompts = ids_of([1 + i % 40 for i in range(320)])
     sampling = Sampling(members, tokens, cache_bytes=budget)
-    slots = slot_count(prompts, sampling, policy.network.token_bytes)
+    slots = slot_count(prompts, sampling, *policy.network.cache_bytes)
     assert 1 < slots <= sampling.max_rows
     engine = Engine(policy.network, prompts, sampling, policy.end_ids, slots)
     policy.model.eval()
@@ -348,7 +355,7 @@ def test_every_answer_ends_with_its_first_token(policies, slots, monkeypatch):
     assert all(len(answer.ids) == 1 and answer.stopped for answer in answers.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "lfm2"))
 def test_forty_prompts_of_one_to_forty_tokens(policies, kind):
     policy, prompts = policies[kind], ids_of(range(1, 41))
     _, answers = decoded(policy, prompts, Sampling(2, 12, key=(2,)), 11, ends=range(3, 30))

@@ -10,6 +10,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
@@ -22,7 +26,15 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-KINDS = ("qwen2", "llama", "gemma3_text")
+KINDS = ("qwen2", "llama", "gemma2", "gemma3_text")
+HYBRIDS = ("lfm2", "qwen3_5_text", "qwen3_next", "bamba")
+HYBRID_TARGETS = [
+    "q_proj",
+    "v_proj",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+]  # PEFT fits qwen3_next's others to experts
 VOCABULARY = 384
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PAD, START, END = range(len(SPECIAL))  # their ids
@@ -78,8 +90,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> PreTrainedModel:
     """A random model of two layers in float32; every width is a multiple of 64, so nf4's blocks fit.
 
-    `qwen2` and `gemma3_text` tie their embeddings, `llama` does not; `gemma3_text` has one layer with a sliding
-    window of 8 tokens and one that sees everything.
+    `qwen2` and both Gemmas tie their embeddings, `llama` does not; the Gemmas have one layer with a sliding window of 8
+    tokens and one that sees everything. Hybrids have three layers, of which the second attends; the others
+    carry a state: a short convolution in `lfm2`, with a gated delta rule in Qwen3.5 and Qwen3-Next (here without
+    experts), with Mamba-2 in `bamba`.
     """
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": hidden_size, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -91,11 +105,30 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> Pre
         return Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True)).float().eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).float().eval()
+    if kind == "gemma2":  # scores reach 3, so the cap bends them; transformers' SDPA would leave it out
+        heads = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 1.0}
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_implementation="eager")).float().eval()
     if kind == "gemma3_text":
         layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
         heads = {"head_dim": 16, "query_pre_attn_scalar": 16}
         return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **layers, **heads)).float().eval()
-    raise ValueError(f"no tiny {kind!r}; there are {', '.join(KINDS)}")
+    if kind in HYBRIDS:
+        config = CONFIG_MAPPING[kind](**sizes | {"num_hidden_layers": 3} | _hybrid_layers(kind))
+        return AutoModelForCausalLM.from_config(config).float().eval()
+    raise ValueError(f"no tiny {kind!r}; there are {', '.join(KINDS + HYBRIDS)}")
+
+
+def _hybrid_layers(kind: str) -> dict[str, object]:
+    """The options of the second layer, which attends, and of the others, which do not."""
+    if kind == "lfm2":
+        return {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+    if kind == "bamba":
+        return {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+                "mamba_chunk_size": 16}  # fmt: skip
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 16}
+    widths = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    layers = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    return layers | heads | widths | ({"num_experts": 0} if kind == "qwen3_next" else {})
 
 
 def tiny_model_folder(path: Path, kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> Path:

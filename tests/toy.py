@@ -21,6 +21,8 @@ END = VOCABULARY.index("$")
 class ToyPolicy:
     """logits of the next token = table[last token]; the adapter is added to a frozen random base table."""
 
+    packs = True
+
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         size = len(VOCABULARY)
         generator = torch.Generator().manual_seed(seed)

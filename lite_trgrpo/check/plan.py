@@ -22,7 +22,7 @@ from lite_trgrpo.config.schema import Config
 from lite_trgrpo.model.loading import no_dropout
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
-from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.packing import by_length, by_prompt
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
@@ -118,13 +118,13 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
             memory.add(tensor)
         frozen = sum(_bytes(name, p, config) for name, p in network.model.named_parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in network.trainable().values())
-        token_bytes = network.token_bytes * model_config.num_hidden_layers // layers
-        slots = slot_count([[0] * prompt_tokens] * groups, sampling, token_bytes)
+        sizes = (size * model_config.num_hidden_layers // layers for size in network.cache_bytes)
+        slots = slot_count([[0] * prompt_tokens] * groups, sampling, *sizes)
         lines = line_count(slots, groups)
         cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
         with memory.above(found, "rollout"):
             _sample(network, cache, slots, sampling, prompt_tokens)
-        kept = sum(tensor.nbytes for pair in (*cache.rows, *cache.lines) for tensor in pair)
+        kept = sum(tensor.nbytes for pair in (*cache.rows.values(), *cache.lines.values()) for tensor in pair)
         del cache
         with memory.above(found, "update"):
             _teach(network, config, prompt_tokens)
@@ -229,7 +229,8 @@ def _teach(network: Network, config: Config, prompt_tokens: int) -> None:
     answers, tokens = config.rollout.group_size, config.rollout.max_new_tokens
     groups = range(config.train.prompts_per_step)
     rows = [((p,) * prompt_tokens, (0,) * tokens) for p in groups for _ in range(answers)]
-    batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
+    batches = (by_prompt if network.packs else by_length)(rows, lambda row: row, config.train.micro_batch_tokens)
+    batch = max(batches, key=len)
     logprobs, _ = network.logprobs(batch, config.rollout.temperature)
     logprobs.sum().backward()
 

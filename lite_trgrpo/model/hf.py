@@ -117,7 +117,7 @@ class TransformersPolicy:
         wanted: Sequence[Sequence[int]],
         grown: Callable[[Answer], None] = lambda answer: None,
     ) -> Iterator[tuple[int, int, Completion]]:
-        """`grown` is called with each token of an answer (not where transformers' generate has to do it)."""
+        """`grown` is called with each token of an answer."""
         self._check_length(prompts, sampling)
         self.model.eval()
         for answer in self._answers([prompt.ids for prompt in prompts], sampling, wanted, grown):
@@ -135,9 +135,14 @@ class TransformersPolicy:
         grown: Callable[[Answer], None],
     ) -> Iterator[Answer]:
         if sampling.engine == "generate" or not self.network.by_groups:
-            return padded.generate(self.model, prompts, sampling, wanted, self.end_ids, self.network.pad_id)
-        slots = slot_count(prompts, sampling, self.network.token_bytes)
+            pad_id, like_lengths = self.network.pad_id, not self.network.pads
+            return padded.generate(self.model, prompts, sampling, wanted, self.end_ids, pad_id, grown, like_lengths)
+        slots = slot_count(prompts, sampling, *self.network.cache_bytes)
         return Engine(self.network, prompts, sampling, self.end_ids, slots, wanted, grown).answers()
+
+    @property
+    def packs(self) -> bool:
+        return self.network.packs
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         return self.network.logprobs(rows, temperature)
@@ -188,6 +193,7 @@ class TransformersPolicy:
         self.network.by_groups = not wrong
         if wrong:
             self.network.attend_by_groups(False)
+            self.network.pads = not self.network.padding_differs()
             logger.warning(
                 f"our attention over groups does not fit the model type {kind!r} ({wrong}): answers come from "
                 "transformers' generate and the update is padded, slower and with more memory"

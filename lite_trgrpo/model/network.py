@@ -1,17 +1,22 @@
 """The model without its tokenizer: hidden states over groups, logits, log-probabilities of given answers."""
 
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.model import padded
-from lite_trgrpo.model.hook import NAME, NO_MASK, register
+from lite_trgrpo.model.hook import NAME, NO_MASK, has_states, register, states_as_cache, states_in
 from lite_trgrpo.model.logprobs import Head, selected_logprobs
 from lite_trgrpo.model.policy import Sequences
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.attention import Attend, Packed
-from lite_trgrpo.rollout.engine import Engine
+from lite_trgrpo.rollout.cache import GroupCache
+from lite_trgrpo.rollout.engine import Answer, Engine
+
+TRIAL = [tuple(range(3, 12)), tuple(range(5, 9))]  # prompts on which ways to compute the same are compared
 
 
 class Network:
@@ -26,19 +31,33 @@ class Network:
         self.device, self.dtype = base.device, base.dtype
         self.logits = Head(base.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self.by_groups = True
-        """Whether our attention works for this model; else everything goes through `reference.py`, padded and slow."""
+        """Whether our attention works for this model; else everything goes through `padded.py`."""
+        self.pads = True
+        """Whether `generate` may pad prompts on the left."""
+        self.recurrent = has_states(self.config)
+        """Whether some layers keep a state. Then rows of the update are padded: a state would run on along a row."""
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self._base, self._own_attention = base, base.config._attn_implementation
         self.attend_by_groups(True)
 
+    @cached_property
+    @torch.no_grad()
+    def cache_bytes(self) -> tuple[int, int]:
+        """-> bytes of one token's keys and values in all layers, and of one sequence's states. They are measured: every
+        family names the sizes in its own way, and they may differ from layer to layer.
+        """
+        cache = GroupCache(1, 1, 1, 1)
+        cache.read_into([(0, 1)])
+        groups = Packed([(1, ())], self.device, keep=cache)
+        self.hidden(torch.zeros_like(groups.positions), groups.positions, groups)
+        kept = sum(store[:, :, :1].numel() * store.itemsize for pair in cache.rows.values() for store in pair)
+        return kept, sum(state.nbytes for state in cache.row_states.values())
+
     @property
-    def token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
-        config = self.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * width * self.dtype.itemsize)
+    def packs(self) -> bool:
+        """Whether the update reads rows side by side, a shared prompt once; else padded, each with its own prompt."""
+        return self.by_groups and not self.recurrent
 
     def attend_by_groups(self, on: bool) -> None:
         """Ours, or the attention that the model was loaded with: some work with that alone."""
@@ -48,16 +67,21 @@ class Network:
 
     def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
         """See `rollout.engine.Decoder`."""
+        before, options = groups.states(), {}
+        if self.recurrent:
+            options["past_key_values"] = states_as_cache(self.config, before)
         found: Tensor = self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups
+            input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups, **options
         ).last_hidden_state
+        if self.recurrent and not before:
+            groups.keep_states(states_in(options["past_key_values"]))
         return found
 
     def logprobs(self, rows: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         """See `lite_trgrpo.model.policy.Policy`."""
         # Gradient checkpointing only acts in training mode; all dropout is 0, so the mode changes nothing else.
         self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
-        hidden = self.packed_hidden(rows) if self.by_groups else padded.hidden(self.decoder, rows, self.pad_id)
+        hidden = self.packed_hidden(rows) if self.packs else padded.hidden(self.decoder, rows, self.pad_id)
         targets = torch.tensor([i for _, completion in rows for i in completion], device=self.device)
         logprobs, entropy = selected_logprobs(hidden, targets, self.logits, temperature)
         lengths = [len(completion) for _, completion in rows]
@@ -102,16 +126,23 @@ class Network:
         got = self.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
         return not torch.allclose(expected, got, rtol=2e-2, atol=2e-2)
 
-    @torch.no_grad()
     def groups_differ(self) -> str:
-        """Two groups through decoding and the packed forward, and through expected rows. -> what differs by more than
+        """Two groups through decoding and the packed forward, and through padded rows. -> what differs by more than
         rounding; empty if nothing does. Raises what a model raises that knows nothing of `groups`.
         """
-        prompts = [tuple(range(3, 12)), tuple(range(5, 9))]
-        answers = list(Engine(self, prompts, Sampling(2, 5), frozenset(), slots=3).answers())
-        rows = [(prompts[answer.prompt], tuple(answer.ids)) for answer in answers]
-        packed = self.logits(self.packed_hidden(rows))
+        return self._differ(Engine(self, TRIAL, Sampling(2, 5), frozenset(), slots=3).answers(), not self.recurrent)
+
+    def padding_differs(self) -> str:
+        """The same of transformers' `generate` with prompts padded on the left."""
+        answers = padded.generate(self.model, TRIAL, Sampling(2, 5), [[0, 1], [0, 1]], frozenset(), self.pad_id)
+        return self._differ(answers, packs=False)
+
+    @torch.no_grad()
+    def _differ(self, sampled: Iterator[Answer], packs: bool) -> str:
+        answers = list(sampled)
+        rows = [(TRIAL[answer.prompt], tuple(answer.ids)) for answer in answers]
         expected = self.logits(padded.hidden(self.decoder, rows, self.pad_id))
+        packed = self.logits(self.packed_hidden(rows)) if packs else expected
         ids = torch.tensor([i for answer in answers for i in answer.ids], device=self.device)
         drawn = torch.tensor([logprob for answer in answers for logprob in answer.logprobs], device=self.device)
         scored = torch.log_softmax(expected, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Micro-batches: answers to the same prompt together, under a budget of tokens. They never change a result."""
+"""Micro-batches: answers to one prompt, or of like length, under a budget of tokens. They never change a result."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -37,5 +37,21 @@ def by_prompt(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget
                 batch, used, cost = [], 0, len(ids(row)[1]) + len(prompt)
             batch.append(row)
             used, read = used + cost, True
+    if batch:
+        yield batch
+
+
+def by_length(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget: int) -> Iterator[list[Row]]:
+    """Batches for rows that are padded to their longest: it costs `budget` tokens at most, or the row stands alone.
+    Longest first, as above.
+    """
+    batch: list[Row] = []
+    width = 0  # of the batch: its first row's
+    for row in sorted(rows, key=lambda row: sum(map(len, ids(row))), reverse=True):
+        if batch and width * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        width = width if batch else sum(map(len, ids(row)))
+        batch.append(row)
     if batch:
         yield batch

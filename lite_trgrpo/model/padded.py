@@ -3,8 +3,8 @@
 It is the reference that ours is tested against, and what a model gets that ours does not fit.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lite_trgrpo.model.policy import Sequences
 from lite_trgrpo.records import Sampling
-from lite_trgrpo.rollout.engine import Answer
+from lite_trgrpo.rollout.engine import Answer, extend, set_keys
 
 
 def generate(
@@ -22,62 +22,61 @@ def generate(
     wanted: Sequence[Sequence[int]],
     end_ids: frozenset[int],
     pad_id: int,
+    grown: Callable[[Answer], None] = lambda answer: None,
+    like_lengths: bool = False,
 ) -> Iterator[Answer]:
-    """transformers' `generate`, prompt after prompt; numbers come from torch's generator, seeded from the key."""
+    """transformers' `generate`, up to `sampling.max_rows` answers at a time; tokens are drawn as in our engine.
+
+    Shorter prompts are padded on the left; with `like_lengths` only prompts of one length share a batch, for models
+    whose states padding would reach.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    answers = [Answer(p, member) for p in by_length for member in wanted[p]]
+    set_keys(answers, sampling.key)
+    for _, part in groupby(answers, lambda answer: len(prompts[answer.prompt]) if like_lengths else 0):
+        alike = list(part)
+        for i in range(0, len(alike), sampling.max_rows):
+            batch = alike[i : i + sampling.max_rows]
+            _generate(model, [prompts[answer.prompt] for answer in batch], batch, sampling, end_ids, pad_id, grown)
+            yield from batch
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], sampling: Sampling,
+    end_ids: frozenset[int], pad_id: int, grown: Callable[[Answer], None],
+) -> None:  # fmt: skip
+    """Let each answer grow to its end beside the others."""
     from transformers import GenerationConfig
 
-    drawn = {"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+    growing = list(range(len(answers)))
+
+    def choose(_: Tensor, logits: Tensor) -> Tensor:
+        """The token is drawn here, where its log-probability is known, so that no scores are kept; transformers then
+        takes the only one that is left. A row that has ended gets padding from it, whatever it is given.
+        """
+        if growing:
+            ended = {
+                id(answer)
+                for answer in extend([answers[i] for i in growing], logits[growing], sampling, end_ids, grown)
+            }
+            growing[:] = [i for i in growing if id(answers[i]) not in ended]
+        only = torch.full_like(logits, -torch.inf)
+        only[range(len(answers)), [answer.ids[-1] for answer in answers]] = 0.0
+        return only
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, num_return_sequences=1 if sampling.greedy else sampling.members,
-        do_sample=not sampling.greedy, eos_token_id=sorted(end_ids), pad_token_id=pad_id, bos_token_id=None,
-        output_scores=True, return_dict_in_generate=True, **({} if sampling.greedy else drawn),
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(end_ids) or None,
+        pad_token_id=pad_id, bos_token_id=None,
     )  # fmt: skip
-    for p, prompt in enumerate(prompts):
-        if not wanted[p]:
-            continue
-        new, logprobs = _generated(model, prompt, sampling, config, p)
-        for member in wanted[p]:
-            row = new[0 if sampling.greedy else member]
-            length = next((t for t in range(1, len(row) + 1) if row[t - 1] in end_ids), len(row))
-            picked = [logprobs[0 if sampling.greedy else member, t, i].item() for t, i in enumerate(row[:length])]
-            yield Answer(p, member, row[:length], picked, row[length - 1] in end_ids)
-
-
-def _generated(
-    model: Any, prompt: Sequence[int], sampling: Sampling, config: Any, number: int
-) -> tuple[list[list[int]], Tensor]:
-    """New ids of every member, and the log-probabilities that they were drawn from: [members, T, V]."""
-    from transformers import GenerationConfig
-
-    ruined_at: list[Tensor] = []  # by position: rows whose logits are NaN or +inf
-
-    def end_where_ruined(ids: Tensor, logits: Tensor) -> Tensor:
-        """torch.multinomial raises on such rows: let them end instead."""
-        ruined = logits.isnan().any(-1) | (logits == math.inf).any(-1)
-        ruined_at.append(ruined)
-        ending = torch.full_like(logits, -math.inf)
-        ending[:, config.eos_token_id[0] if config.eos_token_id else 0] = 0.0
-        return torch.where(ruined.unsqueeze(-1), ending, logits)
-
     base = model.get_base_model()
     own, base.generation_config = base.generation_config, GenerationConfig()  # what it sets would fill our gaps
     try:
-        with torch.random.fork_rng():  # seeded for each prompt: what a caller draws between two does not matter
-            torch.manual_seed(abs(hash((*sampling.key, number))))  # such hashes are the same in every process
-            ids = torch.tensor([prompt], device=model.device)
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                logits_processor=[end_where_ruined],
-            )
+        model.generate(input_ids=ids, attention_mask=real, generation_config=config, logits_processor=[choose])
     finally:
         base.generation_config = own
-    scores = torch.stack(made.scores, 1).float()  # of a sampler, temperature included
-    logprobs = torch.log_softmax(scores / sampling.temperature if sampling.greedy else scores, -1)
-    for t, ruined in enumerate(ruined_at):
-        logprobs[ruined, t] = math.nan
-    return made.sequences[:, len(prompt) :].tolist(), logprobs
 
 
 def hidden(decoder: Any, rows: Sequences, pad_id: int) -> Tensor:

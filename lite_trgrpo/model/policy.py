@@ -17,6 +17,10 @@ Sequences = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class Policy(Protocol):
+    @property
+    def packs(self) -> bool:
+        """Whether `logprobs` reads the prompt of several rows once; else rows are padded to the longest."""
+
     def encode(self, prompt: str | list[Message]) -> Prompt:
         """Render the prompt with the model's template and tokenise it, without adding special tokens twice."""
 

@@ -2,12 +2,17 @@
 
 Nothing grows by concatenation: both stores are allocated at their full size, and attention reads them up to the longest
 entry that is alive. Live rows and live prompts are kept dense: what leaves is overwritten by the last.
+
+Layers that do not attend (convolutions, linear attention) have a state of fixed size instead of keys and values. A
+prompt's is stored once as well, and copied into the row of each answer when it begins.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lite_trgrpo.rollout.attention import StateName, States, bent
 
 BUCKET = 16  # lengths are rounded up to this, so that shapes change every 16th token only
 
@@ -17,8 +22,10 @@ class GroupCache:
 
     def __init__(self, rows: int, lines: int, row_tokens: int, line_tokens: int) -> None:
         self.size = (rows, lines, bucket(row_tokens), bucket(line_tokens))
-        self.rows: list[tuple[Tensor, Tensor]] = []  # for each layer keys and values [rows, K, row_tokens, D]
-        self.lines: list[tuple[Tensor, Tensor]] = []  # [lines, K, line_tokens, D]
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # by layer keys and values [rows, K, row_tokens, D]
+        self.lines: dict[int, tuple[Tensor, Tensor]] = {}  # [lines, K, line_tokens, D]
+        self.row_states: dict[StateName, Tensor] = {}  # [rows, ...]
+        self.line_states: dict[StateName, Tensor] = {}  # [lines, ...]
         self._reading: Sequence[tuple[int, int]] = ()
         self._masks: dict[int | None, Tensor] = {}
 
@@ -29,33 +36,51 @@ class GroupCache:
         self._reading = lines
 
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if layer == len(self.lines):
+        if layer not in self.lines:
             rows, lines, row_tokens, line_tokens = self.size
-            heads, _, width = k.shape
-            self.rows.append((k.new_zeros(rows, heads, row_tokens, width), k.new_zeros(rows, heads, row_tokens, width)))
-            self.lines.append(
-                (k.new_zeros(lines, heads, line_tokens, width), k.new_zeros(lines, heads, line_tokens, width))
-            )
+            heads, _, width = k.shape  # which may differ from layer to layer
+            self.rows[layer] = k.new_zeros(rows, heads, row_tokens, width), v.new_zeros(rows, heads, row_tokens, width)
+            self.lines[layer] = (
+                k.new_zeros(lines, heads, line_tokens, width), v.new_zeros(lines, heads, line_tokens, width)
+            )  # fmt: skip
         start = 0
         for line, length in self._reading:
             for store, read in zip(self.lines[layer], (k, v), strict=True):
                 store[line, :, :length] = read[:, start : start + length]
             start += length
 
-    # -- leaving --------------------------------------------------------------------------------------------
+    def keep_states(self, states: States) -> None:
+        [(line, _)] = self._reading
+        for name, state in states.items():
+            if name not in self.line_states:
+                self.row_states[name] = state.new_zeros(self.size[0], *state.shape[1:])
+                self.line_states[name] = state.new_zeros(self.size[1], *state.shape[1:])
+            self.line_states[name][line] = state[0]
+
+    # -- beginning and leaving ------------------------------------------------------------------------------
+
+    def begin(self, first: int, lines: Sequence[int]) -> None:
+        """The rows from `first` on begin to answer the prompts in these lines."""
+        for name, store in self.row_states.items():
+            store[first : first + len(lines)] = self.line_states[name][list(lines)]
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
-        self._move(self.rows, source, target, tokens)
+        self._move(self.rows, self.row_states, source, target, tokens)
 
     def move_line(self, source: int, target: int, tokens: int) -> None:
-        self._move(self.lines, source, target, tokens)
+        self._move(self.lines, self.line_states, source, target, tokens)
 
-    def _move(self, stores: list[tuple[Tensor, Tensor]], source: int, target: int, tokens: int) -> None:
+    def _move(
+        self, stores: dict[int, tuple[Tensor, Tensor]], states: dict[StateName, Tensor],
+        source: int, target: int, tokens: int,
+    ) -> None:  # fmt: skip
         if source == target:
             return
-        for pair in stores:
+        for pair in stores.values():
             for store in pair:
                 store[target, :, :tokens] = store[source, :, :tokens]
+        for state in states.values():
+            state[target] = state[source]
 
     # -- decoding -------------------------------------------------------------------------------------------
 
@@ -82,7 +107,13 @@ class GroupCache:
         self._line_tokens, self._row_tokens = bucket(max(prompts)), bucket(max(tokens) + 1)
         self._masks = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    def states(self) -> States:
+        """See `attention.Attend`: the first B of each store, so that what a layer writes is in its place."""
+        return {name: store[: len(self._row)] for name, store in self.row_states.items()}
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, cap: float | None = None
+    ) -> Tensor:
         """One new token a row, R = B; see `attention.Attend`."""
         # A row sees two stretches of keys: its prompt's, stored once for the group, and its own. Scores of both go into
         # one softmax. For the prompt's part the rows of a group are stacked, so that its keys are read once for all of
@@ -97,8 +128,7 @@ class GroupCache:
         # scaled before the product: q k^T itself may be beyond fp16
         q = (q * scaling).view(rows, k.shape[1], -1, width)  # the queries that share a key-value head side by side
         shared = self._by_row(self._by_line(q) @ line_k.transpose(-1, -2))
-        scores = torch.cat([shared, q @ row_k.transpose(-1, -2)], -1)
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) + self._mask(window)
+        scores = bent(torch.cat([shared, q @ row_k.transpose(-1, -2)], -1), cap) + self._mask(window)
         weights = torch.softmax(scores, -1).to(q.dtype)
         shared, own = weights.split([self._line_tokens, self._row_tokens], -1)
         out = own @ row_v + self._by_row(self._by_line(shared) @ line_v)

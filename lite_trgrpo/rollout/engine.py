@@ -22,9 +22,11 @@ class Decoder(Protocol):
     """The part of a model that the engine needs."""
 
     device: torch.device
+    recurrent: bool
+    """Whether some layers carry a state from token to token: their prompts are read one by one."""
 
     def hidden(self, ids: Tensor, positions: Tensor, groups: Attend) -> Tensor:
-        """ids and positions [R, L] -> last hidden states [R, L, width], with `groups` as the attention."""
+        """ids and positions [R, L] -> last hidden states [R, L, width]; `groups`: the attention, and layers' states."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, V], at least fp32."""
@@ -104,7 +106,9 @@ class Engine:
             for line in self._lines:
                 while line.waiting and len(self._rows) + len(begun) < self.slots:
                     begun.append((Answer(line.prompt, line.waiting.pop(0)), line))
-            self._set_keys([answer for answer, _ in begun])
+            set_keys([answer for answer, _ in begun], self.sampling.key)
+            line_of = {id(line): i for i, line in enumerate(self._lines)}
+            self.cache.begin(len(self._rows), [line_of[id(line)] for _, line in begun])
             self._rows += begun
             logits = self.decoder.logits(torch.stack([line.last for _, line in begun]))
             finished += self._extend(begun, logits)
@@ -116,12 +120,13 @@ class Engine:
     def _read(self) -> None:
         """Read as many prompts as the free slots ask for, in one forward."""
         free, tokens = self.slots - len(self._rows), 0
+        at_once = 0 if self.decoder.recurrent else READ_AT_ONCE  # a state would run on from prompt to prompt
         chosen: list[int] = []
         while (
             self._queue
             and len(self._lines) + len(chosen) < self.max_lines
             and len(chosen) * self.sampling.members < free
-            and (not chosen or tokens + len(self.prompts[self._queue[0]]) <= READ_AT_ONCE)
+            and (not chosen or tokens + len(self.prompts[self._queue[0]]) <= at_once)
         ):
             tokens += len(self.prompts[self._queue[0]])
             chosen.append(self._queue.popleft())
@@ -149,23 +154,7 @@ class Engine:
 
     def _extend(self, rows: Sequence[tuple[Answer, Line]], logits: Tensor) -> list[Answer]:
         """Draw each row's next token and let go of the rows that are finished."""
-        answers = [answer for answer, _ in rows]
-        uniform = None
-        if not self.sampling.greedy:
-            keys = np.array([answer.key for answer in answers], dtype=np.uint64)
-            positions = np.array([len(answer.ids) for answer in answers])
-            uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
-        ids, logprobs = draw(logits, uniform, temperature=self.sampling.temperature)
-        finished = []
-        for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
-            if math.isnan(logprob) and self.end_ids:  # the model is ruined: end here, and let the guard `finite` see it
-                token = min(self.end_ids)
-            answer.ids.append(token)
-            answer.logprobs.append(logprob)
-            answer.stopped = token in self.end_ids
-            self._grown(answer)
-            if answer.stopped or len(answer.ids) == self.sampling.max_new_tokens:
-                finished.append(answer)
+        finished = extend([answer for answer, _ in rows], logits, self.sampling, self.end_ids, self._grown)
         if finished:
             self._release({id(answer) for answer in finished})
         return finished
@@ -189,11 +178,35 @@ class Engine:
                 self._lines[i] = self._lines[-1]
                 self._lines.pop()
 
-    def _set_keys(self, answers: Sequence[Answer]) -> None:
-        numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64)
-        keys = row_keys(self.sampling.key, numbers[:, 0], numbers[:, 1])
-        for answer, key in zip(answers, keys.tolist(), strict=True):
-            answer.key = key
+
+def set_keys(answers: Sequence[Answer], key: tuple[int, ...]) -> None:
+    numbers = np.array([(a.prompt, a.member) for a in answers], dtype=np.uint64).reshape(-1, 2)
+    for answer, found in zip(answers, row_keys(key, numbers[:, 0], numbers[:, 1]).tolist(), strict=True):
+        answer.key = found
+
+
+def extend(
+    answers: Sequence[Answer], logits: Tensor, sampling: Sampling, end_ids: frozenset[int],
+    grown: Callable[[Answer], None],
+) -> list[Answer]:  # fmt: skip
+    """Draw the next token of each answer from its logits [B, V]; -> the answers that are finished with it."""
+    uniform = None
+    if not sampling.greedy:
+        keys = np.array([answer.key for answer in answers], dtype=np.uint64)
+        positions = np.array([len(answer.ids) for answer in answers])
+        uniform = torch.from_numpy(uniforms(keys, positions)).to(logits.device)
+    ids, logprobs = draw(logits, uniform, temperature=sampling.temperature)
+    finished = []
+    for answer, token, logprob in zip(answers, ids.tolist(), logprobs.tolist(), strict=True):
+        if math.isnan(logprob) and end_ids:  # the model is ruined: end here, and let the guard `finite` see it
+            token = min(end_ids)
+        answer.ids.append(token)
+        answer.logprobs.append(logprob)
+        answer.stopped = token in end_ids
+        grown(answer)
+        if answer.stopped or len(answer.ids) == sampling.max_new_tokens:
+            finished.append(answer)
+    return finished
 
 
 def line_count(slots: int, prompts: int) -> int:
@@ -201,16 +214,17 @@ def line_count(slots: int, prompts: int) -> int:
     return max(1, min(slots, prompts))
 
 
-def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int) -> int:
+def slot_count(prompts: Sequence[Sequence[int]], sampling: Sampling, token_bytes: int, state_bytes: int = 0) -> int:
     """The most rows, up to `sampling.max_rows`, whose keys and values fit `sampling.cache_bytes`; at least one.
 
-    `token_bytes`: keys and values of one token in all layers.
+    `token_bytes`: keys and values of one token in all layers; `state_bytes`: states of one sequence.
     """
     longest = max((len(prompt) for prompt in prompts), default=0)
 
     def needed(rows: int) -> int:
         lines = line_count(rows, len(prompts))
-        return token_bytes * (rows * bucket(sampling.max_new_tokens) + lines * bucket(longest))
+        tokens = rows * bucket(sampling.max_new_tokens) + lines * bucket(longest)
+        return token_bytes * tokens + state_bytes * (rows + lines)
 
     wanted = min(sampling.max_rows, len(prompts) * sampling.members)
     return next((rows for rows in range(wanted, 1, -1) if needed(rows) <= sampling.cache_bytes), 1)

@@ -188,7 +188,7 @@ def _drift(job: Job, taught: Sequence[Group]) -> float | None:
         return job.policy.logprobs(rows, job.config.rollout.temperature)[0].sum().item()
 
     rows = [Row(ids, completion, 0.0, 1.0) for ids, completion in answers]
-    after = sum(in_pieces(rows, job.limits, scored, lambda: None))
+    after = sum(in_pieces(rows, job.limits, job.policy.packs, scored, lambda: None))
     before = sum(sum(completion.logprobs) for _, completion in answers)
     return (before - after) / sum(len(completion.ids) for _, completion in answers)
 

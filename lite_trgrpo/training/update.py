@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.errors import OutOfMemoryError
 from lite_trgrpo.model.oom import Limits, advice, free, ran_out
-from lite_trgrpo.model.packing import Ids, by_prompt
+from lite_trgrpo.model.packing import Ids, by_length, by_prompt
 from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.records import Completion, Group
@@ -66,9 +66,9 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
     ]
 
 
-def micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]:
-    """Batches of rows that fit `token_budget` tokens (at least one row), a shared prompt counted once."""
-    return by_prompt(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget)
+def micro_batches(rows: Sequence[Row], token_budget: int, packs: bool = True) -> Iterator[list[Row]]:
+    """Batches of rows that fit `token_budget` tokens (at least one row), as the policy reads them."""
+    return (by_prompt if packs else by_length)(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget)
 
 
 def update(
@@ -108,7 +108,7 @@ def update(
     statistics: list[TokenStatistics] = []
     while rows and len(losses) < updates:
         optimizer.zero_grad()
-        parts = in_pieces(rows, limits, learn, optimizer.zero_grad)
+        parts = in_pieces(rows, limits, policy.packs, learn, optimizer.zero_grad)
         loss = sum(part for part, _ in parts)
         scale = loss_scale(rows, limits)
         for parameter in parameters:
@@ -171,18 +171,18 @@ def probe(policy: Policy, prompt_ids: Ids, answers: int, tokens: int, temperatur
         logprobs, _ = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
         logprobs.sum().backward()
 
-    in_pieces([Row(prompt_ids, longest, 1.0, 1.0)] * answers, limits, work, forget)
+    in_pieces([Row(prompt_ids, longest, 1.0, 1.0)] * answers, limits, policy.packs, work, forget)
     forget()
 
 
 def in_pieces(
-    rows: Sequence[Row], limits: Limits, work: Callable[[Sequence[Row]], Result], undo: Callable[[], None]
+    rows: Sequence[Row], limits: Limits, packs: bool, work: Callable[[Sequence[Row]], Result], undo: Callable[[], None]
 ) -> list[Result]:
     """`work` on every micro-batch. Where memory runs out: `undo`, and everything again in smaller ones."""
     while True:
         found = []
         try:
-            for batch in micro_batches(rows, limits.tokens):
+            for batch in micro_batches(rows, limits.tokens, packs):
                 found.append(work(batch))
             return found
         except (RuntimeError, MemoryError) as error:
@@ -204,7 +204,7 @@ def _frozen(policy: Policy, rows: Sequence[Row], temperature: float, limits: Lim
         logprobs, _ = policy.logprobs([(row.prompt_ids, row.completion.ids) for row in batch], temperature)
         return [(id(row), logprobs[i, : len(row.completion.ids)]) for i, row in enumerate(batch)]
 
-    return dict(pair for part in in_pieces(rows, limits, score, lambda: None) for pair in part)
+    return dict(pair for part in in_pieces(rows, limits, policy.packs, score, lambda: None) for pair in part)
 
 
 def _batch_loss(
