@@ -1,7 +1,7 @@
 """Held-out scores: pass@1 (greedy), pass@k (sampled), their 95 % intervals, and the paired gain over another one."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,24 +19,35 @@ Estimate = dict[str, float]
 Z = 1.959963984540054  # two-sided 95 %
 
 
-def wilson(solved: Sequence[bool]) -> Estimate:
-    """Share of solved prompts with Wilson's interval, which stays honest near 0 and 1."""
-    n, p = len(solved), sum(solved) / len(solved)
+def wilson(solved: Sequence[bool | None]) -> Estimate:
+    """Share of solved prompts with Wilson's interval, which stays honest near 0 and 1. None: could not be graded, and
+    is left out.
+    """
+    graded = [one for one in solved if one is not None]
+    if not graded:
+        return {"value": 0.0, "low": 0.0, "high": 1.0}
+    n, p = len(graded), sum(graded) / len(graded)
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return {"value": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
-def paired_gain(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
-    """Mean difference over the same prompts. The interval is that of paired differences (normal) with half a pair more
-    in each of the four cells, so that it stays honest for few rows and for equal ones (Agresti and Min, 2005).
+def paired_gain(before: Sequence[bool | None], after: Sequence[bool | None]) -> Estimate:
+    """Mean difference over the same prompts, without those that could not be graded both times.
+
+    The interval is that of paired differences (normal) with half a pair more in each of the four cells, so that it
+    stays honest for few rows and for equal ones (Agresti and Min, 2005).
     """
-    pairs = list(zip(before, after, strict=True))
+    pairs = [pair for pair in zip(before, after, strict=True) if None not in pair]
     won, lost = pairs.count((False, True)), pairs.count((True, False))
     n, more, less = len(pairs) + 2, won + 0.5, lost + 0.5
     middle = (more - less) / n
     half = Z * math.sqrt(more + less - (more - less) ** 2 / n) / n
-    return {"value": (won - lost) / len(pairs), "low": max(-1.0, middle - half), "high": min(1.0, middle + half)}
+    return {
+        "value": (won - lost) / max(1, len(pairs)),
+        "low": max(-1.0, middle - half),
+        "high": min(1.0, middle + half),
+    }
 
 
 def evaluate(
@@ -53,7 +64,8 @@ def evaluate(
     """One greedy answer and `samples` sampled ones for each held-out row; `progress` is told how far it is.
 
     -> {"pass@1": estimate, "pass@k": estimate (k = samples), "pass@1_sampled": mean over samples, "truncated": share of
-    greedy answers cut off, "length_mean": tokens, "rows": per row prompt, answer, greedy text, solved, samples_solved}
+    greedy answers cut off, "length_mean": tokens, "ungradable": greedy answers left out of pass@1, "rows": per row
+    prompt, answer, greedy text, solved (None: could not be graded), samples_solved}
     """
     prompts = [prompt for _, prompt in heldout]
     greedy = _answers(policy, heldout, prompts, scorer, replace(sampling, members=1, greedy=True), progress, limits)
@@ -70,20 +82,27 @@ def evaluate(
             "ids": list(completion.ids),
             "stopped": completion.stopped,
             "tokens": len(completion.ids),
-            "solved": greedy[i].solved(solved_at)[0],
+            "solved": greedy[i].solved(solved_at)[0] if greedy[i].graded() else None,
         }
         if sampled is not None:
-            row["samples_solved"] = sum(sampled[i].solved(solved_at))
+            row["samples_solved"] = sum(sampled[i].solved(solved_at)) if sampled[i].graded() else None
         rows.append(row)
     result: dict[str, Any] = {"pass@1": wilson([row["solved"] for row in rows])}
     if sampled is not None:
         if samples > 1:  # with one sample it would take the greedy score's name
-            result[f"pass@{samples}"] = wilson([row["samples_solved"] > 0 for row in rows])
-        result["pass@1_sampled"] = sum(row["samples_solved"] for row in rows) / (samples * len(rows))
+            result[f"pass@{samples}"] = wilson([any_solved(row) for row in rows])
+        graded = sum(group.graded() for group in sampled)
+        result["pass@1_sampled"] = sum(row["samples_solved"] or 0 for row in rows) / max(1, graded)
+    result["ungradable"] = sum(row["solved"] is None for row in rows)
     result["truncated"] = sum(not row["stopped"] for row in rows) / len(rows)
     result["length_mean"] = sum(row["tokens"] for row in rows) / len(rows)
     result["rows"] = rows
     return result
+
+
+def any_solved(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row's sampled answers hold a right one; None: none of them could be graded."""
+    return None if row["samples_solved"] is None else row["samples_solved"] > 0
 
 
 def _answers(

@@ -52,7 +52,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         select.settle(config.model)
         if resume is None:
             if config.train.preflight:
-                for line in preflight.before_training(examples, len(heldout_examples), scoring, config):
+                for line in preflight.before_training(examples, heldout_examples, scoring, config):
                     logger.info(line)
             try:
                 planned, _ = memory.check_memory(config, None)

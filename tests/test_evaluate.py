@@ -190,7 +190,7 @@ def test_greedy_and_sampled_settings_differ_in_nothing_else():
 def test_without_samples_only_the_greedy_answer_is_asked_for():
     result = scores(samples=0)
     assert len(SCRIPT.asked) == 1
-    assert result.keys() == {"pass@1", "truncated", "length_mean", "rows"}
+    assert result.keys() == {"pass@1", "ungradable", "truncated", "length_mean", "rows"}
     assert "samples_solved" not in result["rows"][0]
 
 
@@ -214,7 +214,18 @@ def test_a_row_is_solved_from_the_threshold_on_and_if_graded(tmp_path, solved_at
         "def part(completions, **rest):\n    return [0, 0.5, 1, None][:len(completions)]\n"
     )
     rewards = InProcess({f"{tmp_path / 'own.py'}:part": 1.0})
-    assert [row["solved"] for row in scores(0, rewards, solved_at)["rows"]] == [bool(flag) for flag in solved]
+    assert [row["solved"] for row in scores(0, rewards, solved_at)["rows"]] == [*map(bool, solved[:3]), None]
+
+
+def test_what_cannot_be_graded_is_left_out_of_the_score_and_counted(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def some(completions, **rest):\n    return [1, None, 0, None][:len(completions)]\n"
+    )
+    result = scores(0, InProcess({f"{tmp_path / 'own.py'}:some": 1.0}))
+    assert result["ungradable"] == 2 and result["pass@1"] == wilson([True, False])
+    gain = paired_gain([True, None, False, False], [False, True, None, True])
+    assert gain == paired_gain([True, False], [False, True])
+    assert wilson([None, None]) == {"value": 0.0, "low": 0.0, "high": 1.0}
 
 
 def test_the_toy_is_scored_by_its_own_answers_alike_every_time():

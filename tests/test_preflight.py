@@ -98,7 +98,7 @@ def test_a_planted_mistake_is_named_with_its_setting(tmp_path, own, function, se
     assert [finding.problem for finding in broken][:1] == [problem]
     assert words in broken[0].text
     with pytest.raises(RunError, match=r"--set train\.preflight=false"):
-        rewards.before_training(examples, config.eval.rows, scorer, config)
+        rewards.before_training(examples, (examples * 10)[: config.eval.rows], scorer, config)
 
 
 def test_a_reward_that_raises_is_called_that_and_nothing_is_said_of_the_gold_answers(tmp_path, own):
@@ -138,14 +138,14 @@ def test_what_can_work_passes(tmp_path, own, function, settings):
     rows = [{**row, "metadata": {"source_dataset": "chain_sum"}} for row in SUMS]
     config, examples, scorer = sums(tmp_path, {function.replace("own.py", own): 1.0}, rows, **settings)
     assert found(*both(config, examples, scorer)) == []
-    rewards.before_training(examples, config.eval.rows, scorer, config)
+    rewards.before_training(examples, (examples * 10)[: config.eval.rows], scorer, config)
 
 
 def test_an_own_reward_may_want_a_form_that_is_not_guessed(tmp_path, own):
     """Its author knows; so this is said, not held against it."""
     config, examples, scorer = sums(tmp_path, {f"{own}:boxed": 1.0})
     assert found(rewards.of_rewards(examples, scorer, config)) == [("gold answers not accepted", False)]
-    [line] = rewards.before_training(examples, config.eval.rows, scorer, config)
+    [line] = rewards.before_training(examples, (examples * 10)[: config.eval.rows], scorer, config)
     assert line.startswith("warning: gold answers not accepted") and "own.py:boxed" in line
 
 
@@ -154,6 +154,20 @@ def test_a_few_bad_rows_are_named(tmp_path):
     config, examples, scorer = sums(tmp_path, {"number": 1.0}, rows)
     [finding] = rewards.of_rewards(examples, scorer, config).findings
     assert not finding.stops and "'no idea' (" in finding.text and "sums.jsonl:" in finding.text
+
+
+@pytest.mark.parametrize("reward", ["number", "math", "exact"])
+def test_gold_answers_that_cannot_be_graded_are_named_with_file_line_and_value(tmp_path, own, reward):
+    """Four in three hundred rows: too few for the sample on which the reward is tried. Held-out rows count too."""
+    bad = {7: None, 20: float("nan"), 90: "", 250: ["4"]}
+    rows = [{"prompt": f"What is {i} + 1?", "answer": bad.get(i, str(i + 1))} for i in range(300)]
+    config, examples, scorer = sums(tmp_path, {reward: 1.0, f"{own}:half": 1.0}, rows)
+    report = rewards.of_golds(examples, scorer, config)
+    assert report.facts["golds"] == 300 and len(report.broken) == 1
+    assert f"'{reward}' cannot grade 4 of 300" in report.broken[0].text
+    assert all(f"sums.jsonl:{i + 1}" in report.broken[0].text for i in bad)
+    with pytest.raises(RunError, match="of 300"):
+        rewards.before_training(examples[:200], examples[200:], scorer, config)
 
 
 def test_repeated_prompts_are_counted(tmp_path):

@@ -59,6 +59,18 @@ NUMBER = [
     ("3", "1 2 3", "1, 2, 3, 4"),  # only the last of many counts
     ("42", "**42**", "no number at all"),
     ("42", "42", ""),
+    # faults of public data sets and of other alphabets: a sign or a thousand that was lost
+    ("-5", "\u7b54\u6848\u662f-5", "\u7b54\u6848\u662f5"),
+    ("- 5", "-5", "5"),
+    ("\u20135", "-5", "5"),
+    ("\uff0d5", "-5", "5"),
+    ("5", "pages 3\u20135", "pages 3 and -5"),
+    (r"\boxed{1{,}234}", "1,234", "234"),
+    (r"1\,234", "1234", "234"),
+    ("10\u202f000", "10 000 is 10\u00a0000", "0"),
+    ("10 000", "il y en a 10 000", "il y en a 000"),
+    ("12", "3 12", "312"),
+    ("\uff11\uff12", "12", "2"),
 ]
 
 
@@ -68,7 +80,10 @@ def test_number(gold: Any, right: str, wrong: str) -> None:
     assert built_in("number", wrong, gold) == 0.0
 
 
-@pytest.mark.parametrize("gold", [None, "", "Paris", "1/2", "3 or 4", "#### "])
+NO_TEXT = [None, "", "#### ", math.nan, ["2"], {"a": 2}, True]
+
+
+@pytest.mark.parametrize("gold", [*NO_TEXT, "Paris", "1/2", "3 or 4", "10 1/2"])
 def test_number_needs_exactly_one_gold_number(gold: str | None) -> None:
     assert built_in("number", "2", gold) is None
 
@@ -94,6 +109,23 @@ MATH = [
     ("sqrt(2)", r"$\sqrt{2}$", "2"),
     ("42%", "42%", "41%"),
     (7, "7", ""),
+    # faults of math-verify and of how people write, each of which was graded against a part of the gold answer
+    (r"10\,000", r"\boxed{10000}", r"\boxed{0}"),
+    ("10000", r"\boxed{10\,000}", r"\boxed{0}"),
+    ("10 000", r"\boxed{10000}", r"\boxed{0}"),
+    ("10\u202f000", "$10{,}000$", r"\boxed{10}"),
+    ("1e-08", r"\boxed{10^{-8}}", r"\boxed{e-8}"),
+    (1e-08, "$0.00000001$", r"\boxed{0}"),
+    ("5e3", r"\boxed{5000}", r"\boxed{15e}"),
+    ("10 1/2", r"\boxed{10.5}", r"\boxed{11/2}"),
+    ("10.5", "The answer is $10 1/2$", "The answer is $5 1/2$"),
+    ("10\u00bd", r"\boxed{\frac{21}{2}}", r"\boxed{10}"),
+    ("2\u221a3", r"\boxed{2\sqrt{3}}", r"\boxed{2}"),
+    (r"2\sqrt{3}", "\\boxed{2\u221a3}", r"\boxed{2}"),
+    ("10\u207b\u2077", r"\boxed{0.0000001}", r"\boxed{10}"),
+    ("0.0000001", r"\boxed{0.0000001}", r"\boxed{0.0000002}"),
+    ("\u2013 5", r"\boxed{-5}", r"\boxed{5}"),
+    ("1/3", r"\boxed{0.333333}", r"\boxed{0.34}"),
 ]
 
 
@@ -103,7 +135,9 @@ def test_math(gold: Any, right: str, wrong: str) -> None:
     assert built_in("math", wrong, gold) == 0.0
 
 
-@pytest.mark.parametrize("gold", [None, "", "Paris", "not enough information", "???", "#### "])
+@pytest.mark.parametrize(
+    "gold", [*NO_TEXT, "Paris", "not enough information", "???", "No", "Yes", "1.000.000,5", "\u4e94"]
+)
 def test_math_without_a_readable_gold_answer_is_not_gradable(gold: str | None) -> None:
     assert built_in("math", r"\boxed{42}", gold) is None
 

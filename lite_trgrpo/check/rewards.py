@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lite_trgrpo import build
 from lite_trgrpo.check import findings
 from lite_trgrpo.check.findings import Finding, Report, first, known, line, mean, short
 from lite_trgrpo.config.schema import Config
@@ -19,16 +20,23 @@ LONGEST = 20_000  # characters of junk
 FEW = 3  # rows that are tried first
 OTHERS = 6  # wrong answers among many at once
 NEARLY_ALL, SOME = 0.9, 0.1  # shares
+SHOWN = 5  # rows named in one message
+COMPARING = ("number", "math", "exact", "reasoning-gym", "knights-and-knaves")
+"""Built-in rewards that compare with a gold answer, and give None where they cannot read it."""
 CONSTANT, LONG = "constant reward", "a very long answer"
 FILLER = "Let us look at this once more. There is something to be said for it, and something against it as well. "
 
 
-def before_training(examples: Sequence[Example], heldout: int, scorer: Scorer, config: Config) -> list[str]:
-    """The short form before every run, without a model: -> warnings, a line each. heldout: rows.
+def before_training(
+    examples: Sequence[Example], heldout: Sequence[Example], scorer: Scorer, config: Config
+) -> list[str]:
+    """The short form before every run, without a model: -> warnings, a line each.
 
-    Raises RunError where nothing can be learned.
+    Raises RunError where nothing can be learned, or a gold answer cannot be graded.
     """
-    reports = of_data(examples, heldout, config), of_rewards(examples, scorer, config)
+    reports = [of_data(examples, len(heldout), config), of_rewards(examples, scorer, config)]
+    if not reports[1].broken:
+        reports.append(of_golds([*examples, *heldout], scorer, config))
     if broken := [finding for report in reports for finding in report.broken]:
         reasons = "\n".join(f"{finding.problem}: {finding.text}" for finding in broken)
         raise RunError(f"{reasons}\nTo train anyway: --set train.preflight=false")
@@ -72,6 +80,36 @@ def of_data(examples: Sequence[Example], heldout: int, config: Config) -> Report
             stops=False,
         ))  # fmt: skip
     return Report({"rows": rows, "prompts": prompts}, found)
+
+
+def of_golds(examples: Sequence[Example], scorer: Scorer, config: Config) -> Report:
+    """Every gold answer must be one that the built-in rewards can grade; they say None to any answer where it is not.
+
+    Functions of a person's own are left out: None may be their verdict on an empty answer.
+    """
+    names = [name for name in config.rewards.functions if name in COMPARING]
+    if not (names and config.data.answer):
+        return Report({"golds": 0}, [])
+    texts = [[""]] * len(examples)
+    if len(names) == len(config.rewards.functions):
+        groups = _scored(examples, texts, scorer)
+    else:
+        options = {name: value for name, value in config.rewards.options.items() if name in names}
+        functions = {"functions": dict.fromkeys(names, 1.0), "options": options, "solved_by": None}
+        with build.scoring_of(config.changed("rewards", **functions)) as alone:
+            groups = _scored(examples, texts, alone)
+    found = []
+    for name in names:
+        bad = [group.example for group in groups if math.isnan(group.parts[name][0])]
+        if bad:
+            shown = "; ".join(f"{row.origin}: {short(row.columns.get('answer'), 40)}" for row in bad[:SHOWN])
+            found.append(Finding(
+                "gold answers cannot be graded",
+                f"'{name}' cannot grade {len(bad)} of {len(examples)} gold answers: {shown}"
+                f"{', ...' * (len(bad) > SHOWN)}. Correct or remove these rows, or take another reward in "
+                "rewards.functions",
+            ))  # fmt: skip
+    return Report({"golds": len(examples)}, found)
 
 
 # -- rewards, without a model -------------------------------------------------------------------------------

@@ -118,6 +118,11 @@ def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str,
     messages = [{"role": m["role"], "content": m["content"]} for m in value]
     if not any(m["content"].strip() for m in messages):
         raise DataError(f"{origin}: the prompt is empty")
+    if messages[-1]["role"] in ("assistant", "system"):  # the one may hold the answer, to the other none is due
+        raise DataError(
+            f"{origin}: the last message of the prompt is the {messages[-1]['role']}'s. A prompt ends with the user: "
+            "move an answer into a column of its own, and a lone instruction into data.system"
+        )
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages

@@ -29,7 +29,7 @@ class Answers:
     prompts: list[str]
     ids: list[list[int]]
     texts: list[str]
-    solved: list[bool]
+    solved: list[bool | None]
     logprobs: list[list[float]]
     """Log-probabilities of the tokens that were asked for: of its own answers, unless others were given."""
 

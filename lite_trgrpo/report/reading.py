@@ -128,7 +128,7 @@ def gains(story: Story) -> list[tuple[float, Line, Line]]:
     before, after = story.evaluations[0]["rows"], story.evaluations[-1]["rows"]
 
     def score(row: Line) -> float:
-        return row["solved"] + row.get("samples_solved", 0) / max(1, story.settings["eval"]["samples"])
+        return (row["solved"] or 0) + (row.get("samples_solved") or 0) / max(1, story.settings["eval"]["samples"])
 
     return [(score(new) - score(old), old, new) for old, new in zip(before, after, strict=False)]
 

@@ -128,7 +128,9 @@ def _card(old: Line, new: Line, samples: int) -> dict[str, Any]:
     sides = [
         {
             "solved": row["solved"],
-            "head": f"{when}, {row['samples_solved']} of {samples} sampled" if "samples_solved" in row else when,
+            "head": f"{when}, {row['samples_solved']} of {samples} sampled"
+            if row.get("samples_solved") is not None
+            else when,
             "text": _shortened(row["greedy"]),
         }
         for when, row in (("before", old), ("after", new))

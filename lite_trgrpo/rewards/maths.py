@@ -5,24 +5,14 @@ from collections.abc import Sequence
 from decimal import Decimal
 from itertools import product
 from typing import Any
+from unicodedata import normalize
 
-from lite_trgrpo.rewards.text import completion_text
+from lite_trgrpo.rewards.numerals import as_number, joined, numbers, plain
+from lite_trgrpo.rewards.text import completion_text, gold_text
 
 TAIL = 2000  # characters of a completion that the mathematics parser gets to see; the answer stands at the end
 
 # -- number -----------------------------------------------------------------------------------------------
-
-# A sign counts only where no number, word or bracket ends right before it: "7-3" is 7 and 3, "x=-3" is -3.
-_NUMBER = re.compile(
-    r"""((?<![\w)\]])[-+\u2212])?           # sign
-        (?:\\?[$€£])?                       # currency, as in -$5
-        ((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)   # 1,234 or 1234
-         (?:\.\d+)?                         # .5
-         |(?<!\d)\.\d+)
-        ([eE][-+]?\d{1,3}(?!\d))?           # e-07, as Python prints small floats
-    """,
-    re.VERBOSE,
-)
 
 
 def number(
@@ -43,24 +33,33 @@ def number(
     the answer is not gradable.
     """
     return [
-        None if (wanted := _gold_number(gold)) is None else float(wanted in _numbers(completion_text(completion))[-1:])
+        None if (wanted := gold_number(gold)) is None else float(wanted in _read(completion_text(completion), gold))
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
 
-def _numbers(text: str) -> list[Decimal]:
-    return [
-        Decimal((sign.replace("\u2212", "-")) + digits.replace(",", "") + exponent)
-        for sign, digits, exponent in _NUMBER.findall(text)
-    ]
+def gold_number(gold: Any) -> Decimal | None:
+    """The one number in a gold answer; None if it holds none or several, so that it cannot be graded."""
+    found = numbers(joined((gold_text(gold) or "").rsplit("####", 1)[-1]))
+    return found[0] if len(found) == 1 and found[0].is_finite() else None
 
 
-def _gold_number(gold: Any) -> Decimal | None:
-    found = _numbers(str(gold).rsplit("####", 1)[-1])
-    return found[0] if len(found) == 1 else None
+def _read(text: str, gold: Any) -> list[Decimal]:
+    """The last number of a completion. `10 000` is one where the gold answer is written so, else two."""
+    spaced = str(gold) != joined(str(gold))
+    return numbers(re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", text) if spaced else text)[-1:]
 
 
 # -- math -------------------------------------------------------------------------------------------------
+
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])\d+(?:\.\d+)?[eE][-+]?\d{1,3}(?![\w.])")
+_MIXED = re.compile(r"(?<![\w.,/])(\d+) (\d+)/(\d+)(?![\w.,/])")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_RAISED = re.compile("[\u00b9\u00b2\u00b3\u2070-\u207e]+")
+_ROOT = re.compile(r"\u221a(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
+_SYMBOLS = "\u0391-\u03c9\u00b0\u00d7\u00f7\u221e\u2260\u2264\u2265\u2208\u222a\u2229"  # Greek, degrees, relations
+_UNREAD = re.compile(rf"[^\x00-\x7f{_SYMBOLS}]|\d\.\d{{3}}\.\d")
+"""Characters of a gold answer that math-verify passes over, and 1.000.000, which it reads as a product."""
 
 
 def math_answer(
@@ -96,7 +95,18 @@ def _verified(gold: list[Any], text: str) -> float:
     tail = text[-TAIL:]
     answers = re.findall(r"<answer>(.*?)</answer>", tail, flags=re.DOTALL)
     found = _parse_bare(answers[-1].strip()) if answers else _parse(tail)
-    return float(any(_equal(one, other) for one, other in product(gold, found)))
+    return float(not _far_apart(gold, found) and any(_equal(one, other) for one, other in product(gold, found)))
+
+
+def _far_apart(gold: list[Any], found: list[Any]) -> bool:
+    """Whether both are plain decimals more than a millionth apart: math-verify rounds to six places after the point, to
+    which 0.0000002 is 0.0000001.
+    """
+    texts = [next((part for part in parts if isinstance(part, str)), "") for parts in (gold, found)]
+    one, other = map(as_number, texts)
+    if one is None or other is None or any("%" in text for text in texts):  # 50% is 0.5
+        return False
+    return abs(one - other) > Decimal("1e-6") * max(abs(one), abs(other))
 
 
 def _equal(gold: Any, found: Any) -> bool:
@@ -111,9 +121,9 @@ def _equal(gold: Any, found: Any) -> bool:
 
 
 def _parse_gold(gold: Any) -> list[Any]:
-    """The gold answer as math-verify's expressions; empty if it is none."""
-    text = "" if gold is None else str(gold).rsplit("####", 1)[-1].strip()
-    if not text or _is_words(text):
+    """The gold answer as math-verify's expressions; empty if it is none, or one that is read only in part."""
+    text = joined((gold_text(gold) or "").rsplit("####", 1)[-1].strip())
+    if not text or _is_words(text) or _UNREAD.search(_readable(text)):
         return []
     found = _parse_bare(text)
     # A string alone is math-verify's fallback for what it could not read.
@@ -122,12 +132,24 @@ def _parse_gold(gold: Any) -> list[Any]:
 
 def _parse_bare(text: str) -> list[Any]:
     """A text that is an answer and little else: LaTeX need not be marked as such."""
+    text = _readable(text)
     return _parse(text if _is_anchored(text) else f"${text}$")
 
 
+def _readable(text: str) -> str:
+    """What math-verify would cut off or misread, written so that it reads it: Unicode's fractions, roots and powers,
+    `10 1/2`, and Python's 5e3, whose e it takes for Euler's number.
+    """
+    text = _SCIENTIFIC.sub(lambda found: f"{Decimal(found[0]):f}", plain(text))
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    text = _VULGAR.sub(lambda found: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", found[0]).split("\u2044")), text)
+    text = _RAISED.sub(lambda found: f"^{{{plain(normalize('NFKC', found[0]))}}}", text)
+    return _ROOT.sub(lambda found: f"\\sqrt{{{found[1] or found[2]}}}", text)
+
+
 def _is_words(text: str) -> bool:
-    """Paris, `east`, `not enough information`: LaTeX would read these as products of letters."""
-    return re.fullmatch(r"[A-Za-z]{3,}(?:[ '.-]+[A-Za-z]+)*\.?", text) is not None
+    """Paris, `No`, `not enough information`: LaTeX would read these as products of letters."""
+    return re.fullmatch(r"([A-Za-z]{3,}|[A-Z][a-z])(?:[ '.-]+[A-Za-z]+)*\.?", text) is not None
 
 
 def _is_anchored(text: str) -> bool:
@@ -143,7 +165,9 @@ def _parse(text: str) -> list[Any]:
     # An escaped dollar is money, not mathematics, and makes math-verify find nothing in `\$1,000.00`.
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     try:
-        return parse(text.replace("\\$", ""), extraction_config=kinds, parsing_timeout=None, raise_on_error=True)
+        return parse(
+            _readable(text).replace("\\$", ""), extraction_config=kinds, parsing_timeout=None, raise_on_error=True
+        )
     except MemoryError:  # the sandbox's to treat
         raise
     except Exception:  # what cannot be parsed is no answer

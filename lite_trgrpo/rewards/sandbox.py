@@ -145,7 +145,9 @@ class Sandbox:
         failed: dict[int, str] = {}
         values: dict[int, float] = {}
         for i in call.members:
-            alone = found if len(call.members) == 1 else self._call(replace(call, members=[i]))
+            # one that ended is asked again even if it was alone: the system may have killed it for want of memory
+            known = len(call.members) == 1 and found.kind != "crash"
+            alone = found if known else self._call(replace(call, members=[i]))
             if isinstance(alone, Failure):
                 values[i] = self._treated(call, i, alone)
                 failed[i] = alone.kind

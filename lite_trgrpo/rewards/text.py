@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
 
 from lite_trgrpo.errors import RewardError
@@ -14,6 +15,13 @@ def completion_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def gold_text(gold: Any) -> str | None:
+    """A gold answer as text; None for what is none: null, NaN, true or false, blank, a list or another structure."""
+    if isinstance(gold, bool) or not isinstance(gold, str | Number) or gold != gold:
+        return None
+    return str(gold).strip() or None
+
+
 def exact(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -23,18 +31,18 @@ def exact(
     casefold: bool = False,
     **columns: Any,
 ) -> list[float | None]:
-    """1 if the whole completion is the gold answer, else 0; a missing gold answer is not gradable.
+    """1 if the whole completion is the gold answer, else 0; a gold answer that is no text or number is not gradable.
 
     Blanks at the ends do not count and any run of blanks or line breaks is one blank. `casefold` also ignores
     upper and lower case.
     """
 
-    def normal(value: Any) -> str:
-        words = " ".join(str(value).split())
+    def normal(text: str) -> str:
+        words = " ".join(text.split())
         return words.casefold() if casefold else words
 
     return [
-        None if gold is None else float(normal(completion_text(completion)) == normal(gold))
+        None if (wanted := gold_text(gold)) is None else float(normal(completion_text(completion)) == normal(wanted))
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

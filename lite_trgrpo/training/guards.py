@@ -192,7 +192,7 @@ def of_first_step(before: Mapping[str, Any], metrics: Mapping[str, Any], config:
     answers = len(before["rows"]) * (1 + config.eval.samples)
     if metrics["groups_with_signal"] > 0 or answers < PROOF:
         return None
-    solved = sum(row["solved"] + row.get("samples_solved", 0) for row in before["rows"])
+    solved = sum((row["solved"] or 0) + (row.get("samples_solved") or 0) for row in before["rows"])
     if solved == answers:
         return f"{answers} of {answers} held-out answers right before training: take harder prompts in data.source"
     if solved:

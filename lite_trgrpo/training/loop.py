@@ -14,7 +14,7 @@ import torch
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.data.examples import batch
 from lite_trgrpo.errors import RunError
-from lite_trgrpo.evaluate import eval_sampling, evaluate, paired_gain
+from lite_trgrpo.evaluate import any_solved, eval_sampling, evaluate, paired_gain
 from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.model.policy import Policy, sample_groups
 from lite_trgrpo.records import Group, Sampling
@@ -262,7 +262,7 @@ def _evaluate_if_due(job: Job) -> None:
         rows = (job.evaluations[0]["rows"], result["rows"])
         line["gain"] = paired_gain(*([row["solved"] for row in found] for found in rows))
         if config.eval.samples > 1:
-            line["gain_k"] = paired_gain(*([row["samples_solved"] > 0 for row in found] for found in rows))
+            line["gain_k"] = paired_gain(*([any_solved(row) for row in found] for found in rows))
     line["clock"] = {"eval_s": time.perf_counter() - started}
     if config.eval.every and step and all(score_of(line) > score_of(earlier) for earlier in job.evaluations):
         checkpoint.save_adapter(job.policy.save_adapter, job.run.best)
