@@ -198,6 +198,9 @@ ACCIDENTS = {
     "SIGTERM in an evaluation": Accident(_call(loop, "evaluate", ask_to_end), 2, 3, 130, "train --resume"),
     "SIGTERM in a checkpoint": Accident(_call(checkpoint, "save", ask_to_end), 3, 6, 130, "train --resume"),
     "the reward process is killed": Accident(_call(Process, "receive", reward_killed), 9, 25, 0, "", first=2),
+    "the reward process is killed in an evaluation": Accident(
+        _call(Process, "receive", reward_killed), 15, 25, 0, "", first=2
+    ),
     "a full disk in a checkpoint": Accident(_call(checkpoint, "save_file", half_written), 5, 12, 1, "No space left"),
     "a full disk in the adapter": Accident(
         _call(TransformersPolicy, "save_adapter", no_room), 1, 1, 1, "No space left"
