@@ -159,7 +159,7 @@ def test_a_missing_column_is_answered_with_the_nearest_and_what_to_type(file, ro
     message = refusal(file("t.jsonl", [row]))
     assert message.startswith(f"t.jsonl:1: {nearest}")
     assert f"type --set {option}=NAME" in message
-    assert ("or '' if no reward needs one" in message) == (option == "data.answer")
+    assert ("if no reward needs one" in message) == (option == "data.answer")
 
 
 @pytest.mark.parametrize(("bad", "named", "more"), [(2, 2, None), (5, 5, None), (6, 5, 1), (40, 5, 35)])
@@ -287,6 +287,16 @@ def test_a_string_and_the_same_single_message_are_the_same_question(file):
                  for rows in (training, heldout)]  # fmt: skip
     assert not questions[0] & questions[1]
     assert len(questions[0]) == 15
+
+
+def test_a_prompt_that_is_trained_on_often_is_held_out_as_often(file):
+    """300 draws of one of ten prompts, five of which stand in nine rows each: they make 90 % of the rows."""
+    rows = [{"prompt": str(i), "answer": "a"} for i in range(10) for _ in range(9 if i < 5 else 1)]
+    source, often = file("t.jsonl", rows), 0
+    for seed in range(300):
+        _, heldout = load_examples(Data(source=source, seed=seed), 1)
+        often += int(heldout[0].text) < 5
+    assert 0.85 < often / 300 < 0.95
 
 
 @pytest.mark.parametrize(("distinct", "wanted", "held"), [(3, 200, 1), (2, 200, 1), (1, 200, 0), (3, 0, 0), (3, 1, 1)])

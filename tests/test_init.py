@@ -77,6 +77,16 @@ ASKED = {"prompt": "Which?", "answer": "x"}
         ([{"prompt": "Sort c, a, b.", "answer": "a b c"}], ("prompt", "answer"), "exact"),
         ([{"prompt": "When?", "answer": "5 May"}], ("prompt", "answer"), "exact"),
         ([{"messages": [{"role": "user", "content": "2 + 2?"}], "label": "4"}], ("messages", "label"), "number"),
+        ([{"question": f"{i} + 2?", "ground_truth": str(i + 2), "difficulty": i % 3} for i in range(20)],
+         ("question", "ground_truth"), "number"),
+        ([{"data_source": "dapo", "prompt": [{"role": "user", "content": f"{i} + 2?"}], "ability": "MATH",
+           "reward_model": {"ground_truth": str(i + 2), "style": "rule"}} for i in range(20)],
+         ("prompt", "reward_model.ground_truth"), "number"),
+        ([{"d": {"question": "2 + 2?", "answer": "4"}}], ("d.question", "d.answer"), "number"),
+        ([{"instruction": "Add the numbers.", "input": f"{i} + 2?", "output": str(i + 2)} for i in range(20)],
+         ("input", "output"), "number"),
+        ([{"prompt": f"{i} - 9?", "answer": f"\u2013 {9 - i}"} for i in range(9)], ("prompt", "answer"), "number"),
+        ([{"prompt": "Combien ?", "answer": "10 000"}], ("prompt", "answer"), "number"),
     ],
 )  # fmt: skip
 def test_columns_and_reward_are_guessed(rows, columns, reward):
@@ -143,6 +153,25 @@ def test_the_demos_base_is_not_asked_to_reason_in_the_room_of_an_answer():
     assert config.data.system == proposal.BRIEF["math"] != proposal.STEPS
 
 
+def test_few_labels_are_named_in_the_prompt_with_a_small_cap():
+    """Else the model is never told what it may answer, and nothing is solved."""
+    rows = [
+        {"review": f"Film number {i} was quite a thing to see.", "label": ["good", "bad"][i % 2]} for i in range(40)
+    ]
+    config = proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None))
+    assert config.data.system == "Answer with one of: bad, good. Write nothing else."
+    assert (config.data.prompt, list(config.rewards.functions), config.rollout.max_new_tokens) == (
+        "review",
+        ["exact"],
+        8,
+    )
+
+
+def test_a_long_question_leaves_room_for_a_long_answer():
+    rows = [{"question": "word " * 150, "answer": "because so\n#### 42"}, {"question": "And?", "answer": "#### 7"}]
+    assert proposal.validated(proposal.propose(jsonl("x.jsonl", rows), None)).rollout.max_new_tokens > 200
+
+
 def test_the_bases_are_presets():
     assert set(proposal.BASES) <= set(loading.presets())
 
@@ -152,8 +181,13 @@ def test_the_bases_are_presets():
     [
         ("", "x.jsonl"),
         ("not json\n", "x.jsonl:1"),
-        ('{"d": {"question": "2 + 2?", "answer": "4"}}\n',
-         "jq -c '{prompt: .d.question, answer: .d.answer}' x.jsonl > flat.jsonl"),
+        ('{"instruction": "Add.", "input": "1, 2", "output": "3"}\n{"instruction": "?", "input": "", "output": "3"}\n',
+         "jq -c '{prompt: (.instruction"),
+        ('{"question": "2 + 2?", "answer": "4"}\n{"question": "3 + 3?", "answer": null, "source": "book"}\n',
+         "row 2 has None"),
+        ('{"question": "2 + 2?", "answer": ["4"], "level": 3}\n', "'answer' should hold the answers, but row 1"),
+        ("".join(f'{{"quiz": "Is {i} prime?", "verdict": "{i % 2}"}}\n' for i in range(20)), "'verdict' has only 2"),
+        ('{"question": "2 + 2?", "level": "4", "source": "x"}\n', "answers"),
         ('{"prompt": "Tell me a story."}\n', "examples/own_reward.py"),
         ('{"n": 3}\n', "prompts"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "b"}\n',

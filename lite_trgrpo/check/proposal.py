@@ -14,15 +14,23 @@ from lite_trgrpo.check.findings import COUNTED
 from lite_trgrpo.config import loading
 from lite_trgrpo.config.schema import SECTIONS, Config, Data, Eval
 from lite_trgrpo.data import sources
-from lite_trgrpo.data.examples import read_examples
+from lite_trgrpo.data.examples import flat, read_examples
 from lite_trgrpo.errors import DataError, HubError
 from lite_trgrpo.model.hf import template_at_hand
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import BUILTINS, gold
+from lite_trgrpo.rewards.numerals import as_number
+from lite_trgrpo.rewards.text import gold_text
 
 BASES = ("math-7b", "math-4b", "math-1.5b", "math-0.5b")  # presets whose base and options suit any task; else demo
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
-ANSWERS = ("answer", "gold", "final_answer", "solution", "target", "label", "expected", "output", "response", "result")
+ANSWERS = (
+    "answer", "ground_truth", "gold", "final_answer", "correct_answer", "solution", "target", "label", "expected",
+    "output", "response", "result",
+)  # fmt: skip
+DESCRIBING = ("source", "data_source", "level", "difficulty", "ability", "subject", "topic", "type", "split", "style")
+"""Columns that tell what kind of row it is: never the answer unless it is called so in the config."""
+FEW_LABELS = 10  # different answers up to which they are named in the prompt
 LOOKED_AT = 64  # answers on which a reward is tried
 LONG_PROMPT, WORDS = 1024, 8  # tokens; words of an answer that a model could be expected to hit exactly
 LETTERS = 4  # of a token, where no tokenizer is at hand
@@ -34,7 +42,6 @@ BRIEF = {"number": "Answer with the number.", "math": "Answer with \\boxed{} alo
 _WORDS = re.compile(
     r"(?<![\\A-Za-z])[A-Za-z]{2,}|^[A-Za-z](?:[ ,]+[A-Za-z])*$"
 )  # letters are no algebra: there "b a" would be "a b"
-_NUMBER = re.compile(r"[-+\u2212]?\s?[$€£]?\d[\d,]*(?:\.\d+)?\s?[%€£]?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +63,19 @@ def propose(source: str, vram: int | None) -> Proposal:
     looked = [example.text for example in plain[:LOOKED_AT]]
     named = any(map(gold.asked, looked)) or all("answer" in text.lower() for text in looked)  # they say how
     card = _card(vram)
-    letters = max(len(gold.final(row[answer])) for row in rows)
+    finals = [gold.final(row[answer]) for row in rows]
+    labels = _labels(finals) if reward == "exact" else []
+    letters = max(map(len, finals))
     for name in (*(BASES if card is not None else ()), "demo"):
         system = None if named else (BRIEF if name == "demo" else REASONED)[reward]
+        if labels and not all(label in text for text in looked for label in labels):
+            system = f"Answer with one of: {', '.join(labels)}. Write nothing else."
         columns: dict[str, Any] = {"source": source, "prompt": prompt, "answer": answer, "system": system}
         examples = read_examples(Data(**columns), source, "train")
         lengths, how = _lengths(name, examples)
         settings = _settings(name, columns, reward, _rounded(_limit(lengths)), letters)
+        if labels:
+            settings["rollout"]["max_new_tokens"] = max(8, letters)
         held = settings.setdefault("eval", {}).get("rows", Eval().rows)
         settings["eval"]["rows"] = min(held, max(1, len(rows) // 5))
         if name == "demo" or _fits(name, settings, vram, card or 0):
@@ -80,11 +93,11 @@ def propose(source: str, vram: int | None) -> Proposal:
 
 
 def _rows(source: str) -> list[Mapping[str, Any]]:
-    found = []
+    found: list[Mapping[str, Any]] = []
     for _, row in sources.rows(Data(source=source), source, "train"):
         if isinstance(row, DataError):
             raise row
-        found.append(row)
+        found.append(flat(row))
     if not found:
         raise DataError(f"{source} has no rows")
     return found
@@ -94,27 +107,54 @@ def _rows(source: str) -> list[Mapping[str, Any]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], source: str) -> tuple[str, str]:
-    """-> the column that is asked and the one with the answers: by name, else the longest and the shortest text."""
+    """-> the column that is asked and the one with the answers: by name, else the longest and the shortest text.
+
+    A column with an answer's name counts as that even where a row of it is no answer: then the row is named.
+    """
     names = [name for name in rows[0] if all(name in row for row in rows)]
-    asked = [name for name in names if all(_is_prompt(row[name]) for row in rows)]
-    given = [name for name in names if all(_is_answer(row[name]) for row in rows) and name.lower() not in COUNTED]
+    asked = [name for name in names if all(_is_prompt(row[name]) for row in rows) and _varies(rows, name)]
     prompt = _named(asked, PROMPTS) or max(
         (name for name in asked if name not in ANSWERS), key=lambda name: _letters(rows, name), default=None
     )
-    given = [name for name in given if name != prompt]
-    answer = _named(given, ANSWERS) or min(given, key=lambda name: _letters(rows, name), default=None)
-    if prompt is None or answer is None:
-        raise DataError(f"{source}: {_missing(rows[0], source, prompt)}")
-    if isinstance(rows[0][prompt], list) and rows[0][prompt][-1]["role"] == "assistant":
+    if prompt is not None and isinstance(rows[0][prompt], list) and rows[0][prompt][-1]["role"] == "assistant":
         raise DataError(
             f"{source}: the last message of '{prompt}' is the assistant's: move it to a column 'answer', so that the "
             "prompt ends with the user"
+        )
+    if prompt == "instruction" and any(str(row.get("input") or "").strip() for row in rows):
+        raise DataError(
+            f"{source}: 'instruction' and 'input' hold the question together. Write them into one column: "
+            f"jq -c '{{prompt: (.instruction + \"\\n\" + .input), answer: .output}}' {source} > flat.jsonl"
+        )
+    others = [name for name in rows[0] if name != prompt]
+    if prompt is not None and (answer := _named(others, ANSWERS)) is not None:
+        for number, row in enumerate(rows, 1):
+            if gold_text(row.get(answer)) is None:
+                raise DataError(
+                    f"{source}: the column '{answer}' should hold the answers, but row {number} has "
+                    f"{row.get(answer)!r:.60}. Correct it or remove the row; write text or a number"
+                )
+        return prompt, answer
+    given = [name for name in names if name != prompt and all(gold_text(row[name]) is not None for row in rows)]
+    given = [name for name in given if name.lower().rpartition(".")[2] not in (*COUNTED, *DESCRIBING)]
+    answer = min(given, key=lambda name: _letters(rows, name), default=None)
+    if prompt is None or answer is None:
+        raise DataError(f"{source}: {_missing(rows[0], prompt)}")
+    if len(rows) >= 10 and (kinds := len({row[answer] for row in rows})) <= len(rows) // 5:
+        raise DataError(
+            f"{source}: no column has a name such as answer, and '{answer}' has only {kinds} different values in "
+            f"{len(rows)} rows. Rename the column with the answers to 'answer'"
         )
     return prompt, answer
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    return next((name for want in wanted for name in names if name.lower() == want), None)
+    """By the whole name, or its last part where it lies inside of another column."""
+    return next((name for want in wanted for name in names if name.lower().rpartition(".")[2] == want), None)
+
+
+def _varies(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return len(rows) == 1 or any(row[name] != rows[0][name] for row in rows)
 
 
 def _letters(rows: Sequence[Mapping[str, Any]], name: str) -> int:
@@ -127,22 +167,11 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
-def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip() != ""
-
-
-def _missing(row: Mapping[str, Any], source: str, prompt: str | None) -> str:
+def _missing(row: Mapping[str, Any], prompt: str | None) -> str:
     """The error for a file without a column for the prompt or the answer, with what to do."""
-    inside = {
-        key: f".{name}.{key}" for name, value in row.items() if isinstance(value, Mapping) for key in value
-    }  # fmt: skip
     what = "prompts" if prompt is None else "answers"
-    line = f"no column holds {what} (text in every row); it has {', '.join(row)}"
-    if (ask := _named(list(inside), PROMPTS)) and (right := _named(list(inside), ANSWERS)):
-        flat = f"jq -c '{{prompt: {inside[ask]}, answer: {inside[right]}}}' {source} > flat.jsonl"
-        return f"{line}, with fields inside of them. Write them side by side: {flat}"
     hint = "; without answers write a reward of your own, as examples/own_reward.py does" if prompt else ""
-    return f"{line}. Name them prompt and answer{hint}"
+    return f"no column holds {what} (text in every row); it has {', '.join(row)}. Name them prompt and answer{hint}"
 
 
 # -- reward -----------------------------------------------------------------------------------------------------
@@ -151,7 +180,7 @@ def _missing(row: Mapping[str, Any], source: str, prompt: str | None) -> str:
 def _reward(answers: Sequence[Any]) -> tuple[str, str]:
     """-> the built-in that can tell right from wrong by these gold answers, and why."""
     finals = [gold.final(answer) for answer in answers]
-    if all(_NUMBER.fullmatch(final) for final in finals):
+    if all(as_number(final) is not None for final in finals):
         return "number", "the answers are numbers: the last number of a completion counts"
     tried = finals[:LOOKED_AT]
     if not any(_WORDS.search(final) for final in tried) and _verified(tried):
@@ -162,6 +191,12 @@ def _reward(answers: Sequence[Any]) -> tuple[str, str]:
         "the answers are long texts, and exact pays only for the very same one: better write a reward of your own, as "
         "examples/own_reward.py does"
     )
+
+
+def _labels(finals: Sequence[str]) -> list[str]:
+    """The different answers, where they are so few that each stands beside many prompts."""
+    labels = sorted(set(finals))
+    return labels if len(labels) <= FEW_LABELS and len(finals) >= 5 * len(labels) else []
 
 
 def _verified(finals: Sequence[str]) -> bool:
@@ -218,8 +253,9 @@ def _settings(
     settings["data"] = {name: value for name, value in columns.items() if value is not None}
     settings["data"]["max_prompt_tokens"] = prompt_tokens
     settings["rewards"] = {**settings["rewards"], "functions": {reward: 1.0}}
-    if reward == "exact" or preset == "demo":  # the answer alone
-        settings["rollout"]["max_new_tokens"] = min(512, -(-letters // 2 // 32) * 32 + 32)
+    if reward == "exact" or preset == "demo":  # the answer alone; of a long question a small base says more than that
+        shortest = 0 if reward == "exact" else prompt_tokens
+        settings["rollout"]["max_new_tokens"] = min(512, max(shortest, -(-letters // 2 // 32) * 32 + 32))
     return settings
 
 

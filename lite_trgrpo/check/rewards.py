@@ -62,8 +62,9 @@ def of_data(examples: Sequence[Example], heldout: int, config: Config) -> Report
             f"{config.data.prompt!r} to the column with the whole question",
             stops=torn > rows / 2,
         ))  # fmt: skip
-    elif prompts <= rows / 2:
-        found.append(Finding("repeated prompts", f"{rows} rows hold only {prompts} different prompts", stops=False))
+    elif prompts < NEARLY_ALL * rows:
+        text = f"{rows} rows hold only {prompts} different prompts, so some are trained on more often than others"
+        found.append(Finding("repeated prompts", text, stops=False))
     golds = {gold.final(example.columns.get("answer")) for example in examples}
     if config.data.answer and rows >= ROWS and len(golds) == 1:
         found.append(Finding(

@@ -13,6 +13,7 @@ from lite_trgrpo.rewards import Scorer, gold
 
 NEARLY_ALL, HALF = 0.9, 0.5  # shares
 SHOWN = 3  # answers quoted
+TINY = 0.05  # rewards that differ by less are as good as equal
 CHANCE = 2  # answers that may be right by another column without meaning anything
 
 
@@ -66,11 +67,25 @@ def _why(facts: Mapping[str, Any], groups: Sequence[Group], scorer: Scorer, conf
             f"asks for, e.g. {facts['format_examples'][0]}: show an example in data.system, or take a larger base",
             dead,
         )
+    elif facts["solved"] < HALF and (labels := _unnamed_labels(groups, config)):
+        yield Finding(
+            "the labels are not named",
+            f"there are only {len(labels)} different answers, and the prompt does not name them: set data.system = "
+            f'"Answer with one of: {", ".join(labels)}. Write nothing else." and lower rollout.max_new_tokens',
+            dead,
+        )
     elif facts["solved"] == 0 and dead:
         yield Finding(
             "nothing is solved",
             f"none of {count} answers is right, and {findings.names(config)} gives all of them the same: take easier "
             "prompts or a larger base, or give part of the reward for part of the way in rewards.functions",
+        )
+    elif facts["solved"] == 0 and (spread := max(map(_spread, groups))) < TINY:
+        yield Finding(
+            "hardly any signal",
+            f"none of {count} answers is right, and the rewards in a group differ by {spread:.2g} at most: take easier "
+            "prompts or a larger base, or look at the reward",
+            stops=False,
         )
     elif dead:
         yield Finding(
@@ -78,6 +93,18 @@ def _why(facts: Mapping[str, Any], groups: Sequence[Group], scorer: Scorer, conf
             f"the answers to each of {len(groups)} prompts all get the same reward: raise rollout.group_size or "
             "rollout.temperature, or take prompts of medium difficulty (`lite-trgrpo check --scan 500`, data.scan)",
         )
+
+
+def _unnamed_labels(groups: Sequence[Group], config: Config) -> list[str]:
+    """The gold answers, where they are a few words among many prompts that do not name them and `exact` compares."""
+    labels = sorted({gold.final(group.example.columns.get("answer")) for group in groups})
+    named = all(label in group.example.text for group in groups for label in labels)
+    return [] if named or config.rewards.decisive != "exact" or 2 * len(labels) > len(groups) else labels
+
+
+def _spread(group: Group) -> float:
+    values = known(group.rewards)
+    return max(values, default=0.0) - min(values, default=0.0)
 
 
 def _cut_off(facts: Mapping[str, Any], dead: bool, config: Config) -> Finding:

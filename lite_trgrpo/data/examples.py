@@ -20,8 +20,9 @@ def load_examples(data: Data, eval_rows: int) -> tuple[list[Example], list[Examp
     """-> (training examples, held-out examples). No held-out prompt occurs in training, compared by text.
 
     Held-out rows come from `eval_source` or `eval_split` where one is given, else from the source itself: at most half
-    of its distinct prompts. Which rows are held out depends on `data.seed` alone, never on the run's seed. With `scan`,
-    those of medium difficulty are left for training.
+    of its distinct prompts. A prompt that stands in many rows is as likely held out as it is trained on. Which rows are
+    held out depends on `data.seed` alone, never on the run's seed. With `scan`, those of medium difficulty are left for
+    training.
     """
     if data.eval_split and not _is_hub_id(data.eval_source or data.source):
         raise DataError(f"data.eval_split = {data.eval_split!r}: only a Hub data set has splits; use data.eval_source")
@@ -32,8 +33,13 @@ def load_examples(data: Data, eval_rows: int) -> tuple[list[Example], list[Examp
         limit = eval_rows
     else:
         pool, limit = own, min(eval_rows, len({row.text for row in own}) // 2)
-    distinct = list({row.text: row for row in reversed(pool)}.values())[::-1]  # the first row of each text
-    heldout = random.Random(data.seed).sample(distinct, min(limit, len(distinct)))
+    firsts = {row.text: row for row in reversed(pool)}  # the first row of each text
+    count = min(limit, len(firsts))
+    if len(firsts) == len(pool):
+        heldout = random.Random(data.seed).sample(pool, count)
+    else:
+        drawn = dict.fromkeys(row.text for row in random.Random(data.seed).sample(pool, len(pool)))
+        heldout = [firsts[text] for text in list(drawn)[:count]]
     texts = {row.text for row in heldout}
     training = [row for row in own if row.text not in texts]
     if not training:
@@ -85,16 +91,17 @@ def read_examples(data: Data, source: str, split: str) -> list[Example]:
 
 
 def _example(row: Mapping[str, Any], origin: str, data: Data) -> Example:
+    found = flat(row)
     for option, column in (("data.prompt", data.prompt), ("data.answer", data.answer)):
-        if column and column not in row:
+        if column and column not in found:
             raise DataError(
-                f"{origin}: no column '{column}'.{nearest(column, list(row))} It has {', '.join(row)}; "
-                f"type --set {option}=NAME" + (" (or '' if no reward needs one)" if option == "data.answer" else "")
+                f"{origin}: no column '{column}'.{nearest(column, list(found))} It has {', '.join(row)}; "
+                f"type --set {option}=NAME" + (' (or "" if no reward needs one)' if option == "data.answer" else "")
             )
     columns = {name: value for name, value in row.items() if name != data.prompt}
     if data.answer:
-        columns["answer"] = row[data.answer]
-    example = Example(_prompt(row[data.prompt], origin, data.system), columns, origin)
+        columns["answer"] = found[data.answer]
+    example = Example(_prompt(found[data.prompt], origin, data.system), columns, origin)
     try:
         example.text.encode()
     except UnicodeEncodeError:
@@ -102,6 +109,12 @@ def _example(row: Mapping[str, Any], origin: str, data: Data) -> Example:
             f"{origin}: the prompt contains invalid Unicode (a lone surrogate). Write the file again as UTF-8"
         ) from None
     return example
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns, and the fields inside of them under names such as `reward_model.ground_truth`."""
+    nested = [(name, value) for name, value in row.items() if isinstance(value, Mapping)]
+    return {f"{name}.{key}": field for name, value in nested for key, field in value.items()} | dict(row)
 
 
 def _prompt(value: Any, origin: str, system: str | None) -> str | list[dict[str, str]]:
