@@ -491,3 +491,13 @@ def test_the_function_that_decides_what_is_solved_must_be_one_of_them():
     assert loading.load(overrides=[*MINIMAL, functions, "rewards.solved_by=exact"]).rewards.decisive == "exact"
     [problem] = problems(functions, "rewards.solved_by=number")
     assert "solved_by" in problem and "number" in problem
+
+
+def test_a_config_with_a_byte_order_mark_is_read_and_a_deep_one_is_one_line(tmp_path):
+    (tmp_path / "bom.toml").write_bytes(b'\xef\xbb\xbf[model]\nname = "x"\n')
+    assert loading.read_toml(tmp_path / "bom.toml") == {"model": {"name": "x"}}
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 10_000)
+    (tmp_path / "long.toml").write_text("[train]\nsteps = " + "9" * 5_000)
+    for name in ("deep.toml", "long.toml"):
+        with pytest.raises(ConfigError, match=name):
+            loading.read_toml(tmp_path / name)

@@ -208,8 +208,8 @@ def test_a_long_field_of_a_csv_is_no_traceback(file):
         ("t.jsonl", "\n \n", "t.jsonl has no rows"),
         ("t.csv", "", "t.csv has no rows"),
         ("t.csv", "prompt,answer\n", "t.csv has no rows"),
-        ("t.jsonl", b'{"prompt": "\xff", "answer": 1}\n', "cannot read t.jsonl: 'utf-8' codec can't decode"),
-        ("t.csv", b"prompt,answer\n\xff,1\n", "cannot read t.csv: 'utf-8' codec can't decode"),
+        ("t.jsonl", b'{"prompt": "\xff", "answer": 1}\n', "t.jsonl is not UTF-8 text"),
+        ("t.csv", b"prompt,answer\n\xff,1\n", "t.csv is not UTF-8 text"),
     ],
 )
 def test_a_file_without_usable_text_is_refused(file, name, content, message):
@@ -224,8 +224,8 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["gsm8k", "t.txt", "a/b/c", "./a/b", "/a", "unknown:addition", "builtin"])
 def test_a_source_of_no_known_kind_is_answered_with_the_kinds(source):
     assert refusal(source) == (
-        f"data.source '{source}' is not a file ending in .jsonl, .json, .csv, .parquet, a Hub id such as openai/gsm8k, "
-        "reasoning-gym:TASK or builtin:addition"
+        f"data.source '{source}' is not a file ending in .jsonl, .json, .csv, .tsv, .parquet, a Hub id such as "
+        "openai/gsm8k, reasoning-gym:TASK or builtin:addition"
     )
 
 
@@ -250,6 +250,61 @@ USER, SYSTEM = {"role": "user", "content": "2 + 3?"}, {"role": "system", "conten
 def test_a_system_message_is_put_before_prompts_that_have_none(file, prompt, system, expected):
     [row] = read(file("t.jsonl", [{"prompt": prompt, "answer": "5"}]), system=system)
     assert row.prompt == expected
+
+
+# -- files as people have them ------------------------------------------------------------------------------
+
+SUMS = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "3 + 3?", "answer": "6"}]
+LINES = "".join(json.dumps(row) + "\n" for row in SUMS)
+TABLE = "prompt,answer\n2 + 2?,4\n3 + 3?,6\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("UPPER.JSONL", LINES.encode()),
+        ("array.json", json.dumps(SUMS).encode()),
+        ("lines.json", LINES.encode()),
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("T.CSV", TABLE.encode()),
+        ("t.tsv", TABLE.replace(",", "\t").encode()),
+    ],
+)
+def test_files_are_read_however_they_are_called(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    training, _ = load_examples(Data(source=str(tmp_path / name)), 0)
+    assert [(row.text, row.columns["answer"]) for row in training] == [("2 + 2?", "4"), ("3 + 3?", "6")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("twice.csv", b"prompt,answer,answer\n2 + 2?,4,0\n", "'answer' stands twice"),
+        ("twice.jsonl", b'{"prompt": "2?", "answer": "4", "answer": "0"}\n', "twice.jsonl:1.*'answer' stands twice"),
+        ("semi.csv", TABLE.replace(",", ";").encode(), "semi.tsv"),
+        ("wide.csv", TABLE.encode("utf-16"), "iconv"),
+        ("latin.csv", "prompt,answer\ncombien coûte ça,4\n".encode("cp1252"), "iconv"),
+        ("deep.json", b"[" * 100_000, "deep.json"),
+        ("packed.jsonl.gz", b"", "packed.jsonl.gz"),
+    ],
+)
+def test_files_that_cannot_be_read_as_meant_name_the_way_out(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        load_examples(Data(source=str(tmp_path / name)), 0)
+
+
+def test_a_long_field_and_a_home_folder_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "long.csv").write_text(f"prompt,answer\n{'word ' * 40_000},4\nb,5\n")
+    training, _ = load_examples(Data(source="~/long.csv"), 0)
+    assert len(training) == 2
+
+
+@pytest.mark.parametrize("role", ["assistant", "system"])
+def test_a_prompt_that_does_not_end_with_the_user_is_refused(file, role):
+    row = {"prompt": [{"role": "user", "content": "2 + 2?"}, {"role": role, "content": "It is 4"}], "answer": "4"}
+    assert f"t.jsonl:1: the last message of the prompt is the {role}'s" in refusal(file("t.jsonl", [row]))
 
 
 # -- held-out rows ------------------------------------------------------------------------------------------

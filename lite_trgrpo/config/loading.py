@@ -118,10 +118,10 @@ def adapter_folder(name: str) -> Path | None:
 def read_toml(path: Path) -> Settings:
     """A preset or config file as raw settings."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}. Give an existing .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, bytes that are no text, a number of 5,000 digits
         data = path.suffix in (".jsonl", ".csv", ".parquet")
         hint = f". For a config around this data type: lite-trgrpo init {path}" if data else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None

@@ -17,11 +17,9 @@ from lite_trgrpo.config.schema import Data
 from lite_trgrpo.data.hub import fetch
 from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+csv.field_size_limit(2**31 - 1)  # else a text of 131,073 characters is "not valid CSV"
 Row = tuple[str, Mapping[str, Any] | DataError]  # where it came from; its columns, or why there are none
-
-
-# -- from rows to examples ----------------------------------------------------------------------------------
 
 
 # -- sources ------------------------------------------------------------------------------------------------
@@ -34,8 +32,8 @@ def rows(data: Data, source: str, split: str) -> Iterable[Row]:
         return _builtin(name, data)
     if colon and kind == "reasoning-gym":
         return _reasoning_gym(name, data)
-    if source.endswith(FILES):
-        return _file(Path(source))
+    if source.lower().endswith(FILES):
+        return _file(Path(source).expanduser())
     if _is_hub_id(source):
         return _hub(data, source, split)
     raise DataError(
@@ -45,7 +43,7 @@ def rows(data: Data, source: str, split: str) -> Iterable[Row]:
 
 
 def _is_hub_id(source: str) -> bool:
-    local = source.endswith(FILES) or source.startswith((".", "/", "builtin:", "reasoning-gym:"))
+    local = source.lower().endswith((*FILES, ".gz")) or source.startswith((".", "/", "~", "builtin:", "reasoning-gym:"))
     return source.count("/") == 1 and not local
 
 
@@ -90,18 +88,34 @@ def _file(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"no file {path} (from {Path.cwd()}); give data.source a path that exists")
     try:
-        if path.suffix == ".csv":
-            yield from _csv(path)
-        elif path.suffix == ".parquet":
+        kind = path.suffix.lower()
+        if kind in (".csv", ".tsv"):
+            yield from _csv(path, "," if kind == ".csv" else "\t")
+        elif kind == ".parquet":
             yield from _parquet(path)
         else:
-            yield from _jsonl(path)
-    except (OSError, UnicodeDecodeError) as error:
+            yield from _json(path)
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{path} is not UTF-8 text. Convert it, e.g. from Excel's encoding: iconv -f CP1252 -t UTF-8 {path} (or -f "
+            "UTF-16)"
+        ) from None
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[Row]:
+    """One object a line, or one array of objects."""
     with path.open(encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".json" and file.read(1) == "[":
+            file.seek(0)
+            try:
+                rows = json.load(file, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} is not a JSON array: {error}") from None
+            yield from ((f"{path}:{number}", _columns(row, f"{path}:{number}")) for number, row in enumerate(rows, 1))
+            return
+        file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
@@ -109,19 +123,40 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json_object(line: str, origin: str) -> Mapping[str, Any] | DataError:
     try:
-        row = json.loads(line)
+        return _columns(json.loads(line, object_pairs_hook=_object), origin)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
         return DataError(f"{origin}: not a JSON object on one line: {error}")
-    if not isinstance(row, dict):
-        return DataError(f"{origin}: a JSON {type(row).__name__}, not an object with columns")
-    return row
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may stand twice: the last would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {_twice([name for name, _ in pairs])!r} stands twice")
+    return found
+
+
+def _columns(row: Any, origin: str) -> Mapping[str, Any] | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"{origin}: a JSON {type(row).__name__}, not an object with columns")
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)  # strict: a quote that never closes is an error, not a huge field
+        # strict: a quote that never closes is an error, not a huge field
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             header = next(reader, [])
+            if (name := _twice(header)) is not None:
+                raise DataError(f"{path}: the column {name!r} stands twice in the header; rename one")
+            if len(header) == 1 and ";" in header[0]:
+                target = path.with_suffix(".tsv")
+                raise DataError(f"{path} is separated by semicolons. Convert it: tr ';' '\\t' < {path} > {target}")
             for row in reader:
                 origin = f"{path}:{reader.line_num}"
                 if row and len(row) != len(header):

@@ -92,7 +92,7 @@ def _from_file(name: str, weight: float, given: dict[str, Any], modules: dict[Pa
             "or type path/file.py:function"
         )
     # `own.py` and `C:\own.py` name a file and no function
-    path = Path(name if name.endswith(".py") else file)
+    path = Path(name if name.endswith(".py") else file).expanduser()
     if path not in modules:
         modules[path] = _import(path)
     module = modules[path]
