@@ -69,6 +69,7 @@ class Network:
         """See `rollout.engine.Decoder`."""
         before, options = groups.states(), {}
         if self.recurrent:
+            self.model.eval()  # an update in between leaves training mode, in which checkpointing drops the states
             options["past_key_values"] = states_as_cache(self.config, before)
         found: Tensor = self.decoder(
             input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups, **options
