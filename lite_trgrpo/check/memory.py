@@ -23,9 +23,9 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
     `data.max_prompt_tokens` allows.
-    Raises PlanError where the model does not fit our engine, which the plan runs.
+    Raises PlanError where the model cannot be run without data.
 
-    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps)}
+    -> {"parts", "peak", "available", "slots", "path", "fits", "changes" (None: nothing helps)}
     """
     device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
     assumed = config.model.dtype == "auto" and vram is not None
@@ -37,11 +37,9 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
     except LiteError:  # an option that cannot be, whatever the model
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # The plan runs our own engine on tensors without data. A model that takes the plain path has no such plan.
+        # The plan runs the model on tensors without data, and not every model's code can.
         kind = getattr(shape, "model_type", "?")
-        raise PlanError(
-            f"no plan for the model type {kind!r} ({first_line(error)}); it trains on the plain path"
-        ) from None
+        raise PlanError(f"no plan for the model type {kind!r} ({first_line(error)})") from None
     overhead, available = _room(device, vram, found)
     if device.type == "cuda" and config.rollout.cache_mib is None:
         config = _with_cache(config, found, available - overhead)
@@ -52,6 +50,7 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
         "peak": found.peak + overhead,
         "available": available,
         "slots": found.slots,
+        "path": found.path,
         "fits": found.peak + overhead <= available,
         "changes": [],
     }

@@ -36,7 +36,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def load_config(options: Model) -> Any:
     """The base's transformers configuration, without its weights."""
     folder = locate_config(options.name, options.revision, options.trust_remote_code)
-    return _read_config(folder, options).get_text_config()
+    return _read_config(folder, options)
 
 
 def _read_config(folder: Path, options: Model) -> Any:

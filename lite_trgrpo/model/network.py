@@ -49,6 +49,7 @@ class Network:
         """
         cache = GroupCache(1, 1, 1, 1)
         cache.read_into([(0, 1)])
+        self.model.eval()
         groups = Packed([(1, ())], self.device, keep=cache)
         self.hidden(torch.zeros_like(groups.positions), groups.positions, groups)
         kept = sum(store[:, :, :1].numel() * store.itemsize for pair in cache.rows.values() for store in pair)
@@ -58,6 +59,12 @@ class Network:
     def packs(self) -> bool:
         """Whether the update reads rows side by side, a shared prompt once; else padded, each with its own prompt."""
         return self.by_groups and not self.recurrent
+
+    def path(self, why: str = "") -> str:
+        """How it samples and is trained, in words; `why`: what keeps our attention from it."""
+        if not self.by_groups:
+            return f"transformers' generate, padded update{why and f' ({why})'}"
+        return "own engine, packed update" if self.packs else "own engine, padded update (some layers keep a state)"
 
     def attend_by_groups(self, on: bool) -> None:
         """Ours, or the attention that the model was loaded with: some work with that alone."""
