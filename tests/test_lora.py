@@ -121,6 +121,17 @@ def test_adapter_of_a_multimodal_model_is_in_its_language_model_alone(tmp_path, 
         torch.testing.assert_close(loaded(input_ids=IDS).logits, policy.model.eval()(input_ids=IDS).logits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*MULTIMODAL, "lfm2", "bamba"])
+def test_a_run_through_the_command_line_trains_every_kind(tmp_path, tiny_config, kind):
+    base = tiny_model_folder(tmp_path / "base", kind)
+    given = ["--config", str(tiny_config), "--set", f"model.name={json.dumps(str(base))}"]
+    done = CliRunner().invoke(app, ["train", *given, "--plain", "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def tiny_experts():
     return CONFIG_MAPPING["qwen3_moe"](
         vocab_size=384, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,

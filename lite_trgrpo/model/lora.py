@@ -85,7 +85,7 @@ def _targets(base: Any, wanted: list[str]) -> list[str]:
         return named if named and base.config.get_text_config() is not base.config else wanted
     experts = [
         f"{name}.{weight}" for name, module in modules.items() for weight, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+        if parameter is not None and parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
     ]  # fmt: skip
     if experts:
         raise ModelError(

@@ -49,7 +49,6 @@ class Network:
         """
         cache = GroupCache(1, 1, 1, 1)
         cache.read_into([(0, 1)])
-        self.model.eval()
         groups = Packed([(1, ())], self.device, keep=cache)
         self.hidden(torch.zeros_like(groups.positions), groups.positions, groups)
         kept = sum(store[:, :, :1].numel() * store.itemsize for pair in cache.rows.values() for store in pair)
@@ -76,7 +75,8 @@ class Network:
         """See `rollout.engine.Decoder`."""
         before, options = groups.states(), {}
         if self.recurrent:
-            self.model.eval()  # an update in between leaves training mode, in which checkpointing drops the states
+            if self.model.training:  # after an update in between; there checkpointing would drop the states
+                self.model.eval()
             options["past_key_values"] = states_as_cache(self.config, before)
         found: Tensor = self.decoder(
             input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups, **options
