@@ -1,6 +1,7 @@
 """Group rollouts: ours, transformers' `generate`, and TRL's rollout, side by side.
 
     python benchmarks/rollouts.py > benchmarks/rollouts.txt        (--quick: fp32, 1 and 4 short prompts)
+    python benchmarks/rollouts.py --hybrid                         (LFM2 at half of its smallest size, random weights)
 
 SmolLM2-135M-Instruct with an unmerged LoRA adapter, groups of 8, natural stopping, at most 64 tokens, temperature 1.
 Engines take turns (A B C A B C), twice where it is quick. Memory is the peak above the loaded model. TRL's rollout is
@@ -8,16 +9,22 @@ measured for one prompt: with more it does what `generate` does.
 """
 
 import argparse
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where
+from measure import Spent, demo_model, middle, policy_for, questions, spent, trl_trainer, where, with_random_b
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Lfm2Config
 
-from lite_trgrpo.model.hf import TransformersPolicy
+from lite_trgrpo.config.schema import Model
+from lite_trgrpo.model import weights
+from lite_trgrpo.model.hf import TransformersPolicy, load
 from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.engine import Engine
@@ -154,6 +161,48 @@ def plain_products(policy: TransformersPolicy, rows: int) -> float:
     return time.perf_counter() - started
 
 
+def hybrid_policy(folder: Path) -> TransformersPolicy:
+    """Sixteen layers as in LFM2-350M at half of its width: ten short convolutions, six that attend. Weights are random,
+    and an answer ends with each fortieth token of the vocabulary, so that lengths differ as they do in a run.
+    """
+    attending = (2, 5, 8, 10, 12, 14)
+    config = Lfm2Config(
+        vocab_size=49152, hidden_size=512, intermediate_size=3328, num_hidden_layers=16, num_attention_heads=8,
+        num_key_value_heads=4, bos_token_id=None, eos_token_id=2, pad_token_id=0, initializer_range=0.05,
+        layer_types=["full_attention" if i in attending else "conv" for i in range(16)],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    for path in locate(demo_model()).glob("*token*"):
+        shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(locate(demo_model()) / "chat_template.jinja", folder / "chat_template.jinja")
+    policy = with_random_b(load(demo_model(name=str(folder), sha256=None), seed=0))
+    policy.end_ids = frozenset(range(0, 49152, 40))
+    return policy
+
+
+def locate(model: Model) -> Path:
+    return weights.locate(model.name, None, sha256=None, upstream=None, remote_code=False).folder
+
+
+def hybrid(cells: list[tuple[int, bool]]) -> None:
+    """Beside `generate` in one batch, and one prompt after the other, as hybrids were sampled before."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = hybrid_policy(Path(folder))
+        assert policy.network.by_groups and policy.network.recurrent
+        for count, long in cells:
+            prompts = questions(count, long)
+            runs = {"ours": [ours(policy, prompts)], "generate": [generate(policy, prompts)]}
+            runs["prompt by prompt"] = [generate(policy, [prompt]) for prompt in prompts]
+            speed = {}
+            for engine, parts in runs.items():
+                found = [part() for part in parts]
+                speed[engine] = sum(tokens for tokens, _ in found) / sum(used.seconds for _, used in found)
+            shown = "  ".join(f"{engine} {found:6.0f} /s" for engine, found in speed.items())
+            ratios = " and ".join(f"x{speed['ours'] / speed[engine]:.2f}" for engine in list(speed)[1:])
+            print(f"{count:3} x 8, prompts of {len(policy.encode(prompts[0]).ids):4}   {shown}   {ratios}", flush=True)
+
+
 def growth(policy: TransformersPolicy) -> None:
     def line(what: str, sampling: Sampling, prompts: int) -> None:
         encoded = [policy.encode(question).ids for question in questions(prompts, False)]
@@ -171,7 +220,12 @@ def growth(policy: TransformersPolicy) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--quick", action="store_true")
-    quick = arguments.parse_args().quick
+    arguments.add_argument("--hybrid", action="store_true")
+    given = arguments.parse_args()
+    if given.hybrid:
+        print(f"{where()}\n\nLFM2 at half width, fp32; tokens/s; last columns ours over the others\n")
+        return hybrid([(1, False), (4, False), (16, False), (1, True), (4, True)])
+    quick = given.quick
     print(f"{where()}\n\ntokens/s, peak MiB above the loaded model; last column ours over generate\n")
     for name, kind in list(KINDS.items())[: 1 if quick else 3]:
         policy = policy_for(**kind)

@@ -6,8 +6,12 @@ import zipfile
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from peft import AutoPeftModelForCausalLM, PeftModel
+from typer.testing import CliRunner
 
+from lite_trgrpo.check import memory
+from lite_trgrpo.cli import app
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError
 from lite_trgrpo.model import hf, weights
@@ -349,6 +353,34 @@ def test_no_chat_template_asks_for_a_format():
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match=r"model\.prompt_format"):
         Template(tokenizer, None, {})
+
+
+@pytest.mark.parametrize("command", [["check", "memory"], ["train"]], ids=str)
+def test_a_base_without_a_template_is_refused_before_its_plan(tmp_path, tiny_config, command, monkeypatch):
+    base = tiny_model_folder(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base)
+    monkeypatch.setattr(memory, "plan", None)  # never called
+    given = ["--config", str(tiny_config), "--set", f"model.name={json.dumps(str(base))}"]
+    done = CliRunner().invoke(app, [*command, *given])
+    assert done.exit_code == 1 and "model.prompt_format" in done.output, done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_gguf_without_a_template_is_refused_before_it_is_converted(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path / "cache"))
+    writer = GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_context_length(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    given = ["--config", str(tiny_config), "--set", f"model.name={json.dumps(str(tmp_path / 'base.gguf'))}"]
+    done = CliRunner().invoke(app, ["check", "memory", *given])
+    assert done.exit_code == 1 and "model.prompt_format" in done.output, done.output
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_template_that_refuses_a_role_says_so():

@@ -41,6 +41,7 @@ def test_the_example_data_become_a_config_that_passes():
     assert (result.exit_code, result.stdout) == (0, ""), result.output
     assert "lite-trgrpo check --config own.toml" in result.stderr
     config = loading.load(file=Path("own.toml"))
+    assert "# prompt_format = " in Path("own.toml").read_text()  # for a base that brings no template
     assert (config.data.prompt, config.data.answer, config.rewards.functions) == ("prompt", "answer", {"number": 1.0})
     assert config.model == loading.load("demo").model  # there is no card here
     examples, _ = load_examples(config.data, config.eval.rows)

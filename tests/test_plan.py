@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lite_trgrpo.check import memory
 from lite_trgrpo.check.plan import BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.cli import app
 from lite_trgrpo.config import loading
+from lite_trgrpo.model import padded
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
-from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.packing import by_length, by_prompt
 from lite_trgrpo.rollout.engine import Engine, slot_count
 from lite_trgrpo.store.run import Run
-from tests.tiny import KINDS, tiny_model
+from tests.tiny import KINDS, MULTIMODAL, tiny_model, tiny_model_folder
 
 PROMPT = 48
 SETTINGS = {
@@ -61,7 +63,7 @@ def peak_of(work) -> int:
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "lfm2"))
 def test_the_planned_update_is_the_allocators_peak(tiny, kind, changes):
     """Within 10 %. Widths are larger than the other tests' so that activations outweigh the odd small buffer."""
     config = tiny(**changes)
@@ -72,7 +74,8 @@ def test_the_planned_update_is_the_allocators_peak(tiny, kind, changes):
         ((p,) * PROMPT, (5,) * config.rollout.max_new_tokens)
         for p in range(config.train.prompts_per_step) for _ in range(config.rollout.group_size)
     ]  # fmt: skip
-    batch = max(by_prompt(rows, lambda row: row, config.train.micro_batch_tokens), key=len)
+    batches = (by_prompt if kind in KINDS else by_length)(rows, lambda row: row, config.train.micro_batch_tokens)
+    batch = max(batches, key=len)
 
     def teach() -> None:
         network.logprobs(batch, 1.0)[0].sum().backward()
@@ -82,7 +85,7 @@ def test_the_planned_update_is_the_allocators_peak(tiny, kind, changes):
 
 
 @pytest.mark.parametrize("changes", [SETTINGS["as it is"], SETTINGS["little cache"]], ids=["as it is", "little cache"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "lfm2", "qwen3_5_text"))
 def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
     config = tiny(**changes)
     model = tiny_model(kind, hidden_size=128)
@@ -98,6 +101,22 @@ def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
 
     decode()
     assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.15)
+
+
+def test_the_planned_rollout_of_generate_is_the_allocators_peak(tiny):
+    config = tiny(**{"rollout.engine": "generate", "rollout.max_rows": 8})
+    model = tiny_model("llama", hidden_size=128)
+    found = plan(config, model.config, torch.float32, PROMPT)
+    assert found.slots == 8 and "rollout.engine" in found.path
+    network, sampling, groups = _real(model, config), _sampling(config), config.train.prompts_per_step
+    wanted = [range(sampling.members)] * groups
+
+    def decode() -> None:
+        list(padded.generate(network.model, [[7] * PROMPT] * groups, sampling, wanted, frozenset(), 0))
+
+    network.model.eval()
+    decode()
+    assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.25)
 
 
 def _real(model, config) -> Network:
@@ -127,6 +146,30 @@ def test_any_number_of_layers_follows_from_two_and_four(tiny):
     shape = tiny_model("llama").config
     shape.num_hidden_layers = 6
     assert plan(tiny(), shape, torch.float32, PROMPT) == _counted(tiny(), shape, torch.float32, PROMPT, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "turn"), [("qwen3_5_text", 3), ("gemma3_text", 2)])
+def test_any_number_of_layers_follows_from_two_turns_of_their_kinds(tiny, kind, turn):
+    shape = tiny_model(kind).config
+    shape.num_hidden_layers, shape.layer_types = 4 * turn, shape.layer_types[:turn] * 4
+    found, whole = (f(tiny(), shape, torch.float32, PROMPT, *n) for f, n in ((plan, ()), (_counted, (4 * turn,))))
+    assert found == whole
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen2", "bloom", *MULTIMODAL])
+def test_check_says_which_path_a_model_takes(tiny_config, tmp_path, kind):
+    model = None
+    if kind == "bloom":
+        shape = CONFIG_MAPPING[kind](vocab_size=384, hidden_size=64, n_layer=2, n_head=4)
+        model = AutoModelForCausalLM.from_config(shape)
+    folder = tiny_model_folder(tmp_path / "base", kind, model=model)
+    given = ["--config", str(tiny_config), "--set", f"model.name={json.dumps(str(folder))}", "--json"]
+    done = CliRunner().invoke(app, ["check", "memory", *given])
+    assert done.exit_code == 0, done.output
+    path = json.loads(done.stdout)["memory"]["path"]
+    assert ("generate" in path) == (kind == "bloom")
+    assert ("packed" in path) == (kind not in ("bloom", "lfm2", "qwen3_5"))
 
 
 def test_what_does_not_fit_is_made_to_with_the_least_harm(tiny):

@@ -302,9 +302,10 @@ def test_a_closed_stream_leaves_the_policy_as_it_was(policies, engine):
     assert sample_all(policy, prompts, sampling) == expected
 
 
-def test_streams_side_by_side_and_an_update_in_between(policies, tmp_path):
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_5_text"])
+def test_streams_side_by_side_and_an_update_in_between(policies, tmp_path, kind):
     """A consumer may score, and even sample, while it is handed groups."""
-    policy = policy_of(tiny_model_folder(tmp_path, "gemma3_text"), gradient_checkpointing=True)
+    policy = policy_of(tiny_model_folder(tmp_path, kind), gradient_checkpointing=True)
     prompts, other = prompts_of((9, 1, 20)), prompts_of((3, 12), seed=1)
     sampling = Sampling(2, 10, key=(5,), max_rows=3)
     expected, expected_other = (sample_all(policy, x, sampling) for x in (prompts, other))

@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -28,6 +29,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 KINDS = ("qwen2", "llama", "gemma2", "gemma3_text")
 HYBRIDS = ("lfm2", "qwen3_5_text", "qwen3_next", "bamba")
+MULTIMODAL = ("gemma4", "qwen3_5", "mistral3")
 HYBRID_TARGETS = [
     "q_proj",
     "v_proj",
@@ -131,10 +133,40 @@ def _hybrid_layers(kind: str) -> dict[str, object]:
     return layers | heads | widths | ({"num_experts": 0} if kind == "qwen3_next" else {})
 
 
-def tiny_model_folder(path: Path, kind: str = "qwen2", seed: int = 0, hidden_size: int = 64) -> Path:
+def tiny_model_folder(
+    path: Path, kind: str = "qwen2", seed: int = 0, hidden_size: int = 64, model: PreTrainedModel | None = None
+) -> Path:
     """Model, tokenizer and generation config as an ordinary Hugging Face folder (safetensors) -> its path."""
-    model = tiny_model(kind, seed, hidden_size)
+    if model is None:
+        model = tiny_multimodal(kind) if kind in MULTIMODAL else tiny_model(kind, seed, hidden_size)
     model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=[END, PAD], pad_token_id=PAD)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def tiny_multimodal(kind: str) -> PreTrainedModel:
+    """A random language model beside a tower for images, as `gemma4`, `qwen3_5` and `mistral3` have it."""
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
+        "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD,
+    }  # fmt: skip
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    if kind == "gemma4":  # two layers of different width
+        layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "global_head_dim": 32}
+        text |= layers | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY}
+        tower |= {"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 32}
+        tokens = {"audio_config": None, "image_token_id": VOCABULARY - 1}
+    elif kind == "qwen3_5":
+        text |= _hybrid_layers("qwen3_5_text") | {"num_hidden_layers": 3}
+        tower = {"hidden_size": 64, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+        tokens = {f"{name}_token_id": VOCABULARY - i for i, name in
+                  enumerate(("image", "video", "vision_start", "vision_end"), 1)}  # fmt: skip
+    else:
+        text |= {"model_type": "mistral"}
+        tower |= {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+        tokens = {"image_token_index": VOCABULARY - 1}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config=tower, **tokens)
+    return AutoModelForImageTextToText.from_config(config).float().eval()

@@ -10,8 +10,10 @@ import torch
 from lite_trgrpo.check.plan import Plan, fitting, plan
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config
-from lite_trgrpo.errors import LiteError, PlanError, first_line
+from lite_trgrpo.errors import LiteError, ModelError, PlanError, first_line
 from lite_trgrpo.model.loading import load_config, resolve_device, resolve_dtype
+from lite_trgrpo.model.template import NO_TEMPLATE
+from lite_trgrpo.model.weights import has_chat_template
 from lite_trgrpo.store.run import Run
 
 CARD_OVERHEAD = 600 * 2**20  # a CUDA context and what its libraries keep; an assumption until measured on a card
@@ -23,10 +25,12 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
     `data.max_prompt_tokens` allows.
-    Raises PlanError where the model does not fit our engine, which the plan runs.
+    Raises PlanError where the model cannot be run without data, and ModelError for a base whose prompts have no format.
 
-    -> {"parts", "peak", "available", "slots", "fits", "changes" (None: nothing helps)}
+    -> {"parts", "peak", "available", "slots", "path", "fits", "changes" (None: nothing helps)}
     """
+    if config.model.prompt_format is None and not has_chat_template(config.model.name, config.model.revision):
+        raise ModelError(NO_TEMPLATE)
     device = torch.device("cuda") if vram is not None else resolve_device(config.model.device)
     assumed = config.model.dtype == "auto" and vram is not None
     dtype = torch.bfloat16 if assumed else resolve_dtype(config.model.dtype, device)
@@ -37,11 +41,9 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
     except LiteError:  # an option that cannot be, whatever the model
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # The plan runs our own engine on tensors without data. A model that takes the plain path has no such plan.
+        # The plan runs the model on tensors without data, and not every model's code can.
         kind = getattr(shape, "model_type", "?")
-        raise PlanError(
-            f"no plan for the model type {kind!r} ({first_line(error)}); it trains on the plain path"
-        ) from None
+        raise PlanError(f"no plan for the model type {kind!r} ({first_line(error)})") from None
     overhead, available = _room(device, vram, found)
     if device.type == "cuda" and config.rollout.cache_mib is None:
         config = _with_cache(config, found, available - overhead)
@@ -52,6 +54,7 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
         "peak": found.peak + overhead,
         "available": available,
         "slots": found.slots,
+        "path": found.path,
         "fits": found.peak + overhead <= available,
         "changes": [],
     }

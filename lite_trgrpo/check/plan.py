@@ -9,17 +9,20 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lite_trgrpo.config.schema import Config
-from lite_trgrpo.model.loading import no_dropout
+from lite_trgrpo.errors import first_line
+from lite_trgrpo.model.hook import has_states, states_in
+from lite_trgrpo.model.loading import class_of, no_dropout
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
 from lite_trgrpo.model.packing import by_length, by_prompt
@@ -49,6 +52,8 @@ class Plan:
     """Peak of forward and backward of the largest micro-batch: activations, logits (bytes)."""
     slots: int
     """Answers decoded side by side."""
+    path: str
+    """How the model samples and is trained."""
 
     @property
     def peak(self) -> int:
@@ -94,16 +99,24 @@ def plan(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: i
     """`model_config`: the base's, of transformers; `prompt_tokens`: of the longest prompt.
 
     Layers are alike, so 2 and 4 of them tell what any number takes: every part is a constant and so much a layer.
+    Where kinds of layers take turns, one turn and two of them do.
     """
-    layers = model_config.num_hidden_layers
-    if layers <= 4:
+    text = model_config.get_text_config()
+    layers, turn = text.num_hidden_layers, _turn(text)
+    if layers <= 2 * turn:
         return _counted(config, model_config, dtype, prompt_tokens, layers)
-    two, four = (_counted(config, model_config, dtype, prompt_tokens, n) for n in (2, 4))
-    parts = {
-        part.name: getattr(two, part.name) + (getattr(four, part.name) - getattr(two, part.name)) * (layers - 2) // 2
-        for part in fields(Plan)
-    }
-    return Plan(**parts)
+    one, two = (_counted(config, model_config, dtype, prompt_tokens, n) for n in (turn, 2 * turn))
+    sizes = {part.name: (getattr(one, part.name), getattr(two, part.name)) for part in fields(Plan) if part.type is int}
+    return replace(one, **{name: a + (b - a) * (layers - turn) // turn for name, (a, b) in sizes.items()})
+
+
+def _turn(text: Any) -> int:
+    """Layers after which their kinds repeat, at least 2; the whole depth where they never do."""
+    layers = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return layers if has_states(text) else 2
+    return max(2, next(n for n in range(1, layers + 1) if all(kinds[i] == kinds[i % n] for i in range(layers))))
 
 
 def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_tokens: int, layers: int) -> Plan:
@@ -118,14 +131,16 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
             memory.add(tensor)
         frozen = sum(_bytes(name, p, config) for name, p in network.model.named_parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in network.trainable().values())
-        sizes = (size * model_config.num_hidden_layers // layers for size in network.cache_bytes)
-        slots = slot_count([[0] * prompt_tokens] * groups, sampling, *sizes)
-        lines = line_count(slots, groups)
-        cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
+        wanted, why = [[0] * prompt_tokens] * groups, "rollout.engine = generate"
+        try:
+            network.by_groups = sampling.engine != "generate"
+            sizes = (size * model_config.get_text_config().num_hidden_layers // layers for size in network.cache_bytes)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            network.by_groups, why = False, first_line(error)
+        network.attend_by_groups(network.by_groups)
+        slots = slot_count(wanted, sampling, *(sizes if network.by_groups else (0, 0)))
         with memory.above(found, "rollout"):
-            _sample(network, cache, slots, sampling, prompt_tokens)
-        kept = sum(tensor.nbytes for pair in (*cache.rows.values(), *cache.lines.values()) for tensor in pair)
-        del cache
+            kept = (_sample if network.by_groups else _generate)(network, slots, groups, sampling, prompt_tokens)
         with memory.above(found, "update"):
             _teach(network, config, prompt_tokens)
         unpacked = _largest_quantised(network.model, config)
@@ -136,6 +151,7 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
         rollout=found["rollout"] - kept + unpacked,
         update=found["update"] - 4 * trained + unpacked,  # the gradients are counted with the adapter
         slots=slots,
+        path=network.path(why),
     )
 
 
@@ -173,15 +189,15 @@ def fitting(
 
 
 def _model(config: Config, model_config: Any, dtype: torch.dtype, layers: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
     model_config = copy.deepcopy(model_config)
-    model_config.num_hidden_layers = layers
-    if getattr(model_config, "layer_types", None):
-        model_config.layer_types = model_config.layer_types[:layers]
+    text = model_config.get_text_config()
+    if layers < text.num_hidden_layers:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     no_dropout(model_config)
     with torch.device("meta"):
-        model = add_lora(AutoModelForCausalLM.from_config(model_config, dtype=dtype), config.model)
+        model = add_lora(class_of(model_config).from_config(model_config, dtype=dtype), config.model)
     prepare(model)
     return model
 
@@ -206,15 +222,17 @@ def _sampling(config: Config) -> Sampling:
 
 
 @torch.no_grad()
-def _sample(network: Network, cache: GroupCache, slots: int, sampling: Sampling, prompt_tokens: int) -> None:
-    """Read as many prompts as are read at once, then one step with every slot at its last token."""
+def _sample(network: Network, slots: int, prompts: int, sampling: Sampling, prompt_tokens: int) -> int:
+    """Read as many prompts as are read at once, then one step with every slot at its last token -> bytes kept."""
     network.model.eval()
-    lines = cache.size[1]
-    at_once = max(1, min(lines, READ_AT_ONCE // prompt_tokens))
-    cache.read_into([(line, prompt_tokens) for line in range(at_once)])
-    groups = Packed([(prompt_tokens, ())] * at_once, network.device, keep=cache)
+    lines = line_count(slots, prompts)
+    cache = GroupCache(slots, lines, sampling.max_new_tokens, prompt_tokens)
+    at_once = 1 if network.recurrent else max(1, min(lines, READ_AT_ONCE // prompt_tokens))
     ids = torch.zeros(1, at_once * prompt_tokens, dtype=torch.long)
-    network.hidden(ids, groups.positions, groups)
+    for _ in range(2 if network.recurrent else 1):  # a second prompt is read beside the states of all rows
+        cache.read_into([(line, prompt_tokens) for line in range(at_once)])
+        groups = Packed([(prompt_tokens, ())] * at_once, network.device, keep=cache)
+        network.hidden(ids, groups.positions, groups)
     cache.arrange(
         [min(row // sampling.members, lines - 1) for row in range(slots)],
         [prompt_tokens] * slots, [sampling.max_new_tokens - 1] * slots, network.device,
@@ -222,6 +240,28 @@ def _sample(network: Network, cache: GroupCache, slots: int, sampling: Sampling,
     ids = torch.zeros(slots, 1, dtype=torch.long)
     logits = network.logits(network.hidden(ids, ids, cache)[:, 0])
     draw(logits, torch.zeros(slots, dtype=torch.float64), temperature=1.0)
+    pairs = [tensor for pair in (*cache.rows.values(), *cache.lines.values()) for tensor in pair]
+    return sum(tensor.nbytes for tensor in (*pairs, *cache.row_states.values(), *cache.line_states.values()))
+
+
+@torch.no_grad()
+def _generate(network: Network, rows: int, prompts: int, sampling: Sampling, prompt_tokens: int) -> int:
+    """The same of transformers' `generate`, where each answer has its prompt's keys and values to itself."""
+    from transformers import DynamicCache
+
+    network.model.eval()
+    cache = DynamicCache(config=network.config)
+    ids = torch.zeros(rows, prompt_tokens, dtype=torch.long)
+    network.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            longer = (0, 0, 0, sampling.max_new_tokens - 1)
+            layer.keys, layer.values = F.pad(layer.keys, longer), F.pad(layer.values, longer)
+    hidden = network.decoder(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).last_hidden_state
+    logits = network.logits(hidden[:, 0])
+    draw(logits, torch.zeros(rows, dtype=torch.float64), temperature=1.0)
+    kept = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+    return sum(tensor.nbytes for tensor in (*kept, *states_in(cache).values()))
 
 
 def _teach(network: Network, config: Config, prompt_tokens: int) -> None:

@@ -39,6 +39,7 @@ ALONE = "Answer with nothing but the answer itself."
 REASONED = {"number": STEPS, "math": STEPS, "exact": ALONE}
 """System messages by reward, for bases that can reason; the demo's can only answer."""
 BRIEF = {"number": "Answer with the number.", "math": "Answer with \\boxed{} alone.", "exact": ALONE}
+FORMAT = 'prompt_format = "Question: {prompt}\\nAnswer:"  # for a base without a chat template'
 _WORDS = re.compile(
     r"(?<![\\A-Za-z])[A-Za-z]{2,}|^[A-Za-z](?:[ ,]+[A-Za-z])*$"
 )  # letters are no algebra: there "b a" would be "a b"
@@ -268,6 +269,8 @@ def written(proposal: Proposal, source: str) -> str:
     lines = [f"# Written by `lite-trgrpo init {source}`.", f"# {proposal.summary}.", ""]
     for section, values in proposal.settings.items():
         lines += [f"[{section}]", *_section(section, values, proposal.reasons), ""]
+        if section == "model" and "prompt_format" not in values:
+            lines[-1:] = [f"# {FORMAT}", ""]
     return "\n".join(lines)
 
 

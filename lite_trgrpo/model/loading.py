@@ -36,7 +36,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def load_config(options: Model) -> Any:
     """The base's transformers configuration, without its weights."""
     folder = locate_config(options.name, options.revision, options.trust_remote_code)
-    return _read_config(folder, options).get_text_config()
+    return _read_config(folder, options)
 
 
 def _read_config(folder: Path, options: Model) -> Any:
@@ -49,7 +49,7 @@ def _read_config(folder: Path, options: Model) -> Any:
 
 
 def load_base(located: Located, options: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see lora.add_lora
     config = _read_config(located.folder, options)
@@ -63,7 +63,7 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
     if options.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = class_of(config).from_pretrained(
             located.folder, config=config, dtype=dtype, device_map={"": device},
             quantization_config=quantization, use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
@@ -81,6 +81,16 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
     if options.quantization == "int8":
         unpack_8_bits(model)
     return model
+
+
+def class_of(config: Any) -> Any:
+    """The auto class for a checkpoint: for one that reads images too the whole model, since an adapter for the language
+    model alone would name layers in a way that the whole model does not know.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    several = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config() is not config
+    return AutoModelForImageTextToText if several else AutoModelForCausalLM
 
 
 def no_dropout(config: Any) -> None:

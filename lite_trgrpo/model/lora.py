@@ -61,16 +61,39 @@ def add_lora(base: Any, options: Model) -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model
 
-    every_layer = options.lora_targets == ["all-linear"]
     lora = LoraConfig(
         r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=0.0, use_rslora=options.rslora,
-        target_modules="all-linear" if every_layer else options.lora_targets, task_type="CAUSAL_LM",
+        target_modules=_targets(base, options.lora_targets), task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
         raise ModelError(f"model.lora_targets = {options.lora_targets!r}: {error}") from None
     return model
+
+
+def _targets(base: Any, wanted: list[str]) -> list[str]:
+    """Names for PEFT. In a model for images or sounds too: of layers of the language model alone."""
+    from transformers.pytorch_utils import Conv1D
+
+    decoder = base.get_decoder()
+    prefix = next(name for name, module in base.named_modules() if module is decoder)
+    modules = {f"{prefix}.{name}".lstrip("."): module for name, module in decoder.named_modules()}
+    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
+    if wanted != ["all-linear"]:
+        named = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in wanted)]
+        return named if named and base.config.get_text_config() is not base.config else wanted
+    experts = [
+        f"{name}.{weight}" for name, module in modules.items() for weight, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
+    ]  # fmt: skip
+    if experts:
+        raise ModelError(
+            f"model.lora_targets = all-linear cannot reach the experts of {base.config.model_type!r} (tensors such as "
+            f"{experts[0]}); to train its attention alone, type "
+            """--set "model.lora_targets=['q_proj','k_proj','v_proj','o_proj']\""""
+        )
+    return linear
 
 
 def prepare(model: nn.Module) -> None:

@@ -59,6 +59,12 @@ class Network:
         """Whether the update reads rows side by side, a shared prompt once; else padded, each with its own prompt."""
         return self.by_groups and not self.recurrent
 
+    def path(self, why: str = "") -> str:
+        """How it samples and is trained, in words; `why`: what keeps our attention from it."""
+        if not self.by_groups:
+            return f"transformers' generate, padded update{why and f' ({why})'}"
+        return "own engine, packed update" if self.packs else "own engine, padded update (some layers keep a state)"
+
     def attend_by_groups(self, on: bool) -> None:
         """Ours, or the attention that the model was loaded with: some work with that alone."""
         if on:
@@ -69,6 +75,8 @@ class Network:
         """See `rollout.engine.Decoder`."""
         before, options = groups.states(), {}
         if self.recurrent:
+            if self.model.training:  # after an update in between; there checkpointing would drop the states
+                self.model.eval()
             options["past_key_values"] = states_as_cache(self.config, before)
         found: Tensor = self.decoder(
             input_ids=ids, position_ids=positions, attention_mask=NO_MASK, use_cache=False, groups=groups, **options

@@ -84,15 +84,16 @@ def hidden(decoder: Any, rows: Sequences, pad_id: int) -> Tensor:
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), pad_id)
     attention = torch.zeros((len(rows), width), dtype=torch.long)
-    scored = torch.zeros((len(rows), width), dtype=torch.bool)  # where the next id is a completion id
+    scored: list[tuple[int, int]] = []  # row and place where the next id is a completion id
     for i, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
         ids[i, :end] = torch.tensor([*prompt, *completion])
         attention[i, :end] = 1
-        scored[i, len(prompt) - 1 : end - 1] = True
+        scored += [(i, place) for place in range(len(prompt) - 1, end - 1)]
     device = decoder.device
     found: Tensor = decoder(
         input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False,
         position_ids=torch.arange(width, device=device).expand(len(rows), -1),
     ).last_hidden_state  # fmt: skip
-    return found[scored.to(device)]
+    row, place = torch.tensor(scored, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
+    return found[row, place]

@@ -5,6 +5,11 @@ from typing import Any
 from lite_trgrpo.errors import ModelError
 from lite_trgrpo.records import Message, Prompt
 
+NO_TEMPLATE = (
+    "the tokenizer has no chat template, so this is a base model: declare how a prompt is written, "
+    "e.g. --set 'model.prompt_format=\"Question: {prompt}\\nAnswer:\"'"
+)
+
 
 class Template:
     """A tokenizer with its chat template, or a declared format for bases that have none."""
@@ -14,10 +19,7 @@ class Template:
         self.format = prompt_format
         self.options = options
         if prompt_format is None and tokenizer.chat_template is None:
-            raise ModelError(
-                "the tokenizer has no chat template, so this is a base model: declare how a prompt is written, "
-                "e.g. --set 'model.prompt_format=\"Question: {prompt}\\nAnswer:\"'"
-            )
+            raise ModelError(NO_TEMPLATE)
         if prompt_format is not None and "{prompt}" not in prompt_format:
             raise ModelError(f"model.prompt_format {prompt_format!r} does not contain {{prompt}}")
 

@@ -6,6 +6,7 @@ Whatever the name, `locate` returns a local folder of safetensors; nothing after
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lite_trgrpo.data.hub import cached, fetch
-from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
+from lite_trgrpo.errors import HubError, MissingPackageError, ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,21 @@ def at_hand(name: str, revision: str | None) -> Path | None:
         return folder if folder.is_dir() else None
     path = Path(name).expanduser()
     return path if path.is_dir() else cached(name, revision)
+
+
+def has_chat_template(name: str, revision: str | None) -> bool:
+    """Whether the base brings one, found before anything large is fetched or converted; True where that is unknown."""
+    gguf, folder = gguf_behind(name), at_hand(name, revision)
+    if gguf is not None and folder is None:
+        from gguf import GGUFReader
+
+        return "tokenizer.chat_template" in GGUFReader(gguf).fields
+    try:
+        folder = folder or fetch(name, revision, ["tokenizer_config.json", "*.jinja"])
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (HubError, OSError, ValueError):
+        return True
+    return bool(settings.get("chat_template")) or any(folder.glob("*.jinja"))
 
 
 def gguf_behind(name: str) -> Path | None:

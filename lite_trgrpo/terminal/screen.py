@@ -191,6 +191,7 @@ def memory_tables(plan: Mapping[str, Any]) -> Iterator[Table]:
         table.add_row(PARTS[part], f"{size / 2**20:,.0f}")
     table.add_row("peak", f"{plan['peak'] / 2**20:,.0f}", style="bold")
     table.add_row("there is", f"{plan['available'] / 2**20:,.0f}")
+    table.caption, table.caption_justify = f"path: {plan['path']}", "left"
     yield table
 
 
