@@ -12,6 +12,7 @@ from lite_trgrpo.cli import app
 from lite_trgrpo.errors import HubError
 from lite_trgrpo.export import card, export, hub
 from lite_trgrpo.export.verify import answer
+from lite_trgrpo.text import sha256
 from tests.hub_uploads import TOKEN, USER, UploadServer
 from tests.runs import BASE, finished_run
 
@@ -30,7 +31,7 @@ def checked(tmp_path_factory):
     )
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
     scores = {"base": estimate, "pass@1": estimate, "gain": estimate}
-    files = {path.name: export._digest(path) for path in folder.iterdir()}
+    files = {path.name: sha256(path) for path in folder.iterdir()}
     report = {"base": BASE, "revision": None, "quantization": "none", "rows": 8, "held_out": True, "trained": scores,
               "forms": {}, "files": files}  # fmt: skip
     (folder / "check.json").write_text(json.dumps(report))

@@ -81,6 +81,8 @@ def _template(folder: Path, options: Model) -> Template:
 class TransformersPolicy:
     """A causal language model with a LoRA adapter; see `lite_trgrpo.model.policy.Policy` for the methods."""
 
+    backend = "transformers"
+
     def __init__(self, model: Any, template: Template, located: Located, gradient_checkpointing: bool) -> None:
         self.model = model
         self.template = template

@@ -4,7 +4,6 @@ Whatever the name, `locate` returns a local folder of safetensors; nothing after
 (.bin, .pt) are never fetched and never read.
 """
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
+from lite_trgrpo.text import sha256 as sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,16 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
     return Located(folder, upstream or name, folder.name)
+
+
+def digests(located: Located) -> dict[str, str]:
+    """SHA-256 of the files that a local base is read from, by name; none for a Hub id, which its commit identifies."""
+    if located.revision is not None:
+        return {}
+    if located.folder.parent == cache_folder() / "gguf":  # converted: the folder bears the digest of the .gguf
+        return {"the .gguf file": located.folder.name}
+    files = {path for pattern in FETCHED for path in located.folder.glob(pattern)}
+    return {path.name: sha256_of(path) for path in sorted(files)}
 
 
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
@@ -147,8 +157,7 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
 
 def _cache_of(gguf: Path) -> tuple[Path, str]:
     """-> where its conversion is kept, and its SHA-256."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(gguf)
     return cache_folder() / "gguf" / digest, digest
 
 
