@@ -17,7 +17,7 @@ from lite_trgrpo.errors import ExportError
 from lite_trgrpo.evaluate import paired_gain, wilson
 from lite_trgrpo.export import gguf, merge
 from lite_trgrpo.export.verify import Answers, ask, of_rows
-from lite_trgrpo.model.weights import Located, gguf_behind, locate
+from lite_trgrpo.model.weights import Located, gguf_behind, locate, stored_quantization
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.resuming import changed_files, differences
 from lite_trgrpo.store.run import Run
@@ -75,6 +75,11 @@ def export(run: Run, config: Config, wanted: Wanted, say: Callable[[str], None])
         config.model.name, config.model.revision, sha256=config.model.sha256, upstream=config.model.upstream,
         remote_code=config.model.trust_remote_code,
     )  # fmt: skip
+    if (wanted.merged or wanted.gguf) and (stored := stored_quantization(located.folder)):
+        raise ExportError(
+            f"{config.model.name} is already quantised ({stored}), so it has no merged weights and no GGUF: export "
+            "without --merge and --gguf, or train on the unquantised model"
+        )
     part = run.folder / ".export-part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -178,13 +183,14 @@ def check(
         raise ExportError(
             f"with the adapter all {len(base.ids)} held-out answers equal those of the base: it has no effect"
         )
+    stored = stored_quantization(located.folder)
     report: Report = {
-        "base": located.upstream, "revision": located.revision, "quantization": config.model.quantization,
+        "base": located.upstream, "revision": located.revision, "quantization": stored or config.model.quantization,
         "rows": len(base.ids), "held_out": config.eval.rows > 0, "forms": {},
         "trained": _scores(base, trained) | {"equal": as_recorded},
     }  # fmt: skip
     plain = config.changed("model", quantization="none")
-    if config.model.quantization != "none":
+    if config.model.quantization != "none" and not stored:
         say("scoring base and adapter on unquantised weights")
         base = ask(plain.changed("model", adapter=None), "the unquantised base")
         loaded = ask(

@@ -5,13 +5,16 @@ Whatever the name, `locate` returns a local folder of safetensors; nothing after
 """
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
@@ -63,6 +66,33 @@ def digests(located: Located) -> dict[str, str]:
         return {"the .gguf file": located.folder.name}
     files = {path for pattern in FETCHED for path in located.folder.glob(pattern)}
     return {path.name: sha256_of(path) for path in sorted(files)}
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """How the weights in the folder are quantised already, in a few words; None: they are not."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not found:
+        return None
+    bits = next(
+        (f", {bits} bits" for bits in (4, 8) if found.get(f"load_in_{bits}bit") or found.get("bits") == bits), ""
+    )
+    return f"{found.get('quant_method', 'in a way of its own')}{bits}"
+
+
+def must_be_whole(name: str, loaded: Mapping[str, Any]) -> None:
+    """Raise ModelError where transformers (`output_loading_info`) made up tensors that the files of `name` lack."""
+    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} tensors of its model, {some(missing)}: it is damaged or half-fetched, and "
+            "random weights would stand in for them. Fetch or copy it again"
+        )
+    if unexpected:
+        logger.warning(f"{name} has {len(unexpected)} tensors that its model does not use: {some(unexpected)}")
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
@@ -177,9 +207,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+        )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"transformers cannot read {gguf}: {first_line(error)}") from None
+    must_be_whole(str(gguf), loaded)
     # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.
     model.hf_quantizer = None
     for mark in ("quantization_method", "is_quantized"):
