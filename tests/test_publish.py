@@ -1,5 +1,6 @@
 """The push, with the Hub's real client over HTTP against a small Hub on this machine; and the card."""
 
+import html
 import json
 
 import huggingface_hub
@@ -217,6 +218,31 @@ def test_no_folder_and_no_secret_of_this_machine_is_on_the_card(checked):
     assert "data.jsonl" in text
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_abcdefghijklmnopqrstuvwxyz012345", "ghp_abcdefghijklmnopqrstuvwxyz0123", "AKIAABCDEFGHIJKLMNOP",
+        "https://ada:correct-horse@example.com/data", "postgresql://ada:p@ss@host/db",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["answer", "prompt", "system", "setting"])
+def test_a_secret_is_removed_wherever_it_stands_on_the_card(checked, monkeypatch, secret, place):
+    """An underscore becomes an entity in a table: the filter once ran after that and saw no secret."""
+    run, config = checked
+    lines = run.evaluations()
+    for line in lines:
+        line["rows"][0] |= {"greedy": f"it is {secret} ok" if place == "answer" else "42"}
+        line["rows"][0] |= {"prompt": f"it is {secret} ok" if place == "prompt" else "6 * 7"}
+    monkeypatch.setattr(type(run), "evaluations", lambda self: lines)
+    if place == "system":
+        config = config.changed("data", system=f"Use {secret} please")
+    if place == "setting":
+        config = config.changed("model", lora_targets=[secret])
+    text = html.unescape(card_of(run, config))
+    private = "correct-horse" if "horse" in secret else "p@ss" if "p@ss" in secret else secret
+    assert private not in text and "it looks like a secret" in text
+
+
 def test_model_text_cannot_break_the_table(checked, monkeypatch):
     """Model text is data: a pipe, a tag, a fence or a link in it stays text."""
     from markdown_it import MarkdownIt
@@ -228,9 +254,9 @@ def test_model_text_cannot_break_the_table(checked, monkeypatch):
         line["rows"][0]["greedy"] = answer
     monkeypatch.setattr(type(run), "evaluations", lambda self: lines)
     body = card_of(run, config).split("## Samples")[1].split("## How")[0]
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
-    assert html.count("<tr>") == 1 + card.SAMPLES and html.count("<td>") == 4 * card.SAMPLES
-    assert "<script>" not in html and "href" not in html and "<strong>" not in html and "<code>" not in html
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    assert page.count("<tr>") == 1 + card.SAMPLES and page.count("<td>") == 4 * card.SAMPLES
+    assert "<script>" not in page and "href" not in page and "<strong>" not in page and "<code>" not in page
 
 
 def test_a_dry_run_shows_the_card_and_the_files_and_writes_nothing(checked):

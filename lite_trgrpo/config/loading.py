@@ -269,8 +269,8 @@ def _problem(item: dict[str, Any]) -> str:
         return f"{name} is not set. Type --set {name}=..."
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if len(place) == 1:  # the section as a whole: its values do not fit together
-        return f"{name}: {message}"
+    if len(place) < 2:  # values of a section, or of several, that do not fit together
+        return f"{name}: {message}".removeprefix(": ")
     if item["type"] == "string_type" and not isinstance(item["input"], list | dict):
         message += f"; quote it: --set '{name}=\"{item['input']}\"'"
     return f"{name} = {json.dumps(item['input'], default=str)}: {message}"

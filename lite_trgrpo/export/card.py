@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 TAGS = ["lite-trgrpo", "tr-grpo", "grpo", "peft", "lora"]
 SAMPLES = 5
-SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat)[-_][A-Za-z0-9_-]{16,}")
+SECRET = re.compile(
+    r"\b(?:hf|sk|gh[a-z]|github_pat|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/]+(?=@)"
+)
 FORMS = {
     "unquantised": "adapter on the unquantised base", "merged": "merged weights (`merged/`)", "gguf": "GGUF",
 }  # fmt: skip
@@ -53,7 +55,7 @@ def write(
     }  # fmt: skip
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     card = ModelCard.from_template(_metadata(config, base, lines, name, licence), template_str=template, **variables)
-    return SECRET.sub("(removed: it looks like a secret)", re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
+    return _public(re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
 
 
 def base_licence(config: Config, base: str) -> str | None:
@@ -130,7 +132,7 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _quoted(text: str) -> str:
     """The text as a Python and TOML string, with nothing in it that could end a code block."""
-    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
+    return json.dumps(_public(text), ensure_ascii=False).replace("`", "\\u0060")
 
 
 def _chat_options(config: Config, base: str) -> str:
@@ -165,6 +167,11 @@ def _settings(config: Config) -> list[str]:
 # -- words --------------------------------------------------------------------------------------------------
 
 
+def _public(text: str) -> str:
+    """The text without what looks like a secret. Before it is escaped: an escaped `_` would hide one."""
+    return SECRET.sub("(removed: it looks like a secret)", text)
+
+
 def is_hub_id(name: str) -> bool:
     """USER/REPO, and no path here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
@@ -194,6 +201,6 @@ def _estimate(value: Mapping[str, float]) -> str:
 def _cell(text: Any) -> str:
     """Model text in a table: nothing in it can end the cell, open a tag, or make a link."""
     escaped = "".join(
-        c if c.isalnum() or c in " .,:;?'+=/%-" else "\n" if c == "\n" else f"&#{ord(c)};" for c in str(text)
+        c if c.isalnum() or c in " .,:;?'+=/%-" else "\n" if c == "\n" else f"&#{ord(c)};" for c in _public(str(text))
     )
     return escaped.replace("\n", "<br>")

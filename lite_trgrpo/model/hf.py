@@ -109,7 +109,7 @@ class TransformersPolicy:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.template.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.template.decode(ids, self.end_ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return self.template.tokenizer.batch_decode([[i] for i in ids])
