@@ -136,6 +136,7 @@ def test_a_refused_login_is_known_before_anything_is_exported(monkeypatch, check
         ("eve/sums", "your login may not write to eve/sums"),
         ("no id at all", "'no id at all' is no Hub id such as USER/REPO"),
         ("sums", "'sums' is no Hub id such as USER/REPO"),
+        ("../..", r"'\.\./\.\.' is no Hub id"),
     ],
 )
 def test_a_repository_that_cannot_be_ones_own(push, repo, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_trgrpo.config import loading
+from lite_trgrpo.config.loading import is_hub_id
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.store.run import Run
 
@@ -73,10 +74,10 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     source = config.data.source
-    called = source if _on_hub(source) else _plain_name(source)
+    called = source if is_hub_id(source) else _plain_name(source)
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=source if _on_hub(source) else "lite-trgrpo",
+            task_type="text-generation", dataset_type=source if is_hub_id(source) else "lite-trgrpo",
             dataset_name=called, metric_type=metric, metric_value=round(value["value"], 4),
             metric_name=f"held-out {metric}, {len(lines[-1]['rows'])} rows",
         )
@@ -86,7 +87,7 @@ def _metadata(
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None, license=licence if licence != "unknown" else None,
         library_name="peft", pipeline_tag="text-generation", tags=TAGS, model_name=name.partition("/")[2],
-        datasets=[source] if _on_hub(source) else None, eval_results=results or None,
+        datasets=[source] if is_hub_id(source) else None, eval_results=results or None,
     )  # fmt: skip
     if is_hub_id(base):
         data["base_model_relation"] = "adapter"
@@ -172,18 +173,9 @@ def _public(text: str) -> str:
     return SECRET.sub("(removed: it looks like a secret)", text)
 
 
-def is_hub_id(name: str) -> bool:
-    """USER/REPO, and no path here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _on_hub(source: str) -> bool:
-    return is_hub_id(source) and Path(source).suffix not in (".jsonl", ".csv", ".parquet")
-
-
 def _source(config: Config) -> str:
     source = config.data.source
-    if _on_hub(source):
+    if is_hub_id(source):
         subset = f", {config.data.subset}" if config.data.subset else ""
         return f"[{source}](https://huggingface.co/datasets/{source}){subset}"
     return f"`{_plain_name(source)}`"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lite_trgrpo.config.loading import is_hub_id
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
 from lite_trgrpo.text import sha256 as sha256_of
@@ -47,7 +48,7 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model folder: it has no config.json")
         return Located(path, upstream or name, None)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ModelError(
             f"model.name {name!r} is not a folder here, a .gguf file, package:NAME/FILE.gguf, or a Hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct"
@@ -97,7 +98,7 @@ def some(names: Sequence[str]) -> str:
 
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
     """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
-    if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
+    if not is_hub_id(name):
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
 
