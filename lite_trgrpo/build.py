@@ -6,15 +6,19 @@ import logging
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_trgrpo import __version__, rewards
+from lite_trgrpo.config.loading import adapter_folder
 from lite_trgrpo.config.schema import Config, memory_bytes
 from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import DataError, LiteError, OutOfMemoryError, RunError
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.model.policy import Policy
+from lite_trgrpo.model.weights import digests
 from lite_trgrpo.records import Example
+from lite_trgrpo.text import sha256
 from lite_trgrpo.training.state import Encoded
 
 if TYPE_CHECKING:
@@ -78,15 +82,43 @@ def with_cache(config: Config, policy: "TransformersPolicy") -> Config:
     return config.changed("rollout", cache_mib=policy.cache_mib())
 
 
-def run_facts(policy: "TransformersPolicy", training: Encoded, heldout: Encoded, too_long: int) -> dict[str, Any]:
-    """Facts resolved at the start that config.toml does not hold."""
+def machine_facts(config: Config, policy: "TransformersPolicy") -> dict[str, Any]:
+    """What answers depend on besides the options: files by their SHA-256, and what bears on rounding."""
+    import torch
+
     packages = ("torch", "transformers", "peft", "bitsandbytes")
+    own = {Path(name.rpartition(":")[0]).expanduser() for name in config.rewards.functions if ".py:" in name}
+    folder = None if config.model.adapter is None else adapter_folder(config.model.adapter)
+    adapter = () if folder is None else (folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    if policy.device.type == "cuda":
+        processor = torch.cuda.get_device_name(policy.device)
+    else:
+        processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return {
+        "revision": policy.located.revision,
+        "files": {
+            "base": digests(policy.located),
+            "adapter": {str(path): sha256(path) for path in adapter},
+            "rewards": {str(path): sha256(path) for path in sorted(own)},
+        },
+        "device": str(policy.device),
+        "processor": processor,
+        "dtype": str(policy.dtype),
+        "backend": policy.backend,
+        "versions": {"lite-trgrpo": __version__, **{name: version(name) for name in packages}},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def run_facts(
+    config: Config, policy: "TransformersPolicy", training: Encoded, heldout: Encoded, too_long: int
+) -> dict[str, Any]:
+    """Facts resolved at the start that config.toml does not hold."""
     rows = json.dumps([[e.prompt, dict(e.columns)] for e, _ in (*training, *heldout)], default=str, sort_keys=True)
     return {
         "base": policy.located.upstream,
-        "revision": policy.located.revision,
-        "device": str(policy.device),
-        "dtype": str(policy.dtype),
+        **machine_facts(config, policy),
         "end_ids": sorted(policy.end_ids),
         "prompts": {
             "training": len(training),
@@ -94,9 +126,6 @@ def run_facts(policy: "TransformersPolicy", training: Encoded, heldout: Encoded,
             "too_long": too_long,
             "sha256": hashlib.sha256(rows.encode()).hexdigest(),
         },
-        "versions": {"lite-trgrpo": __version__, **{name: version(name) for name in packages}},
-        "python": platform.python_version(),
-        "system": platform.platform(),
     }
 
 

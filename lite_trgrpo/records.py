@@ -40,7 +40,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str
-    """The rendered template, special tokens included."""
+    """The ids decoded, special tokens included: the rendered template as the model reads it."""
     prefix: str = ""
     """Start of the answer that the template has already written (`<think>`); rewards see it before the completion."""
 
@@ -56,7 +56,7 @@ class Completion:
     logprobs: tuple[float, ...]
     """log-probability of each id under the distribution that it was drawn from."""
     text: str
-    """The ids decoded, without special tokens."""
+    """The ids decoded, without end, padding and turn tokens."""
     stopped: bool
     """True if it ended with an end token, False if the token cap cut it off."""
 

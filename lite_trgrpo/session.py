@@ -67,7 +67,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         config = with_cache(config, policy)
         if policy.located.revision:  # a resumed run must find the same weights, whatever the branch is then
             config = config.changed("model", revision=policy.located.revision)
-        facts = run_facts(policy, training, heldout, too_long + heldout_too_long)
+        facts = run_facts(config, policy, training, heldout, too_long + heldout_too_long)
         if resume is None:
             run.create()
             held.enter_context(locked(run.folder))

@@ -1,4 +1,7 @@
-"""Untrusted text (of models, data and files) made safe to show."""
+"""Untrusted text (of models, data and files) made safe to show; the SHA-256 by which a file is known again."""
+
+import hashlib
+from pathlib import Path
 
 
 def plain(text: str) -> str:
@@ -6,3 +9,9 @@ def plain(text: str) -> str:
     lone surrogates. Line breaks stay.
     """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import torch
 
+from lite_trgrpo.build import run_facts
 from lite_trgrpo.config import loading
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.export.verify import answer
+from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.run import Run
 from tests.tiny import tiny_model_folder
 
 BASE = "tiny/base"
 
 
-def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> tuple[Run, Config]:
+def finished_run(folder: Path, kind: str = "llama", rows: int = 8, noise: float = 0.1, **model) -> tuple[Run, Config]:
     """The adapter is random, not trained, so that it has an effect; its answers are recorded as a run records them."""
     from lite_trgrpo.model import hf
 
@@ -31,18 +33,18 @@ def finished_run(folder: Path, kind: str = "llama", rows: int = 8, **model) -> t
     policy = hf.load(config.model, seed=0)
     torch.manual_seed(1)
     for name, parameter in policy.trainable().items():
-        noise = 0.1 * torch.randn_like(parameter)
-        parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
-    policy.save_adapter(run.adapter)
-    facts = {
-        "base": BASE, "revision": None, "device": "cpu", "end_ids": [1, 2], "versions": {"torch": "2"},
-        "prompts": {"training": 24, "heldout": rows},
-    }  # fmt: skip
-    run.describe(config, facts)
+        change = noise * torch.randn_like(parameter)
+        parameter.data = parameter.data * (1 + change) if "magnitude" in name else change
+    written = checkpoint.save_adapter(policy.save_adapter, run.adapter)
+    facts = run_facts(config, policy, [], [], 0)
+    run.describe(config, facts | {"prompts": {"training": 24, "heldout": rows}})
     for step, adapter in ((0, None), (2, str(run.adapter))):
         run.log_eval(_evaluation(step, config.changed("model", adapter=adapter)))
     for step in (1, 2):
         run.log_step({"step": step, "reward_mean": 0.1 * step, "solved": 0.2 * step}, [], list)
+    state = {"logs": run.offsets(), "complete": True, "adapter": written, "limits": {"rows": 128}}
+    optimizer = torch.optim.AdamW(policy.trainable().values())
+    checkpoint.save(run.checkpoints, 2, policy.trainable(), optimizer, state)
     return run, config
 
 

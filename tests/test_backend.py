@@ -18,7 +18,7 @@ from lite_trgrpo.model import hf, weights
 from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.model.template import Template
 from lite_trgrpo.records import Sampling
-from tests.tiny import END, KINDS, PAD, tiny_model, tiny_model_folder, tiny_tokenizer
+from tests.tiny import END, KINDS, PAD, START, tiny_model, tiny_model_folder, tiny_tokenizer
 
 PROMPTS = ["2 + 2", "Ada buys 5 apples and 2 bags with 3 apples in each bag. How many?", "coins"]
 
@@ -277,6 +277,95 @@ def test_one_bos(prompt_format):
     prompt = Template(tokenizer, prompt_format, {}).encode("2 + 2")
     assert prompt.ids.count(tokenizer.bos_token_id) == 1
     assert prompt.ids[0] == tokenizer.bos_token_id
+
+
+def with_tags(tokens=("<think>", "</think>", "<answer>", "</answer>"), template=None):
+    """The tiny tokenizer with tags that were added as special tokens, as many fine-tunes do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *tokens]})
+    if template:
+        tokenizer.chat_template += template
+    return tokenizer
+
+
+def test_tags_that_are_special_tokens_reach_the_rewards():
+    """They once vanished: `<think>1 + 1</think><answer>2</answer>` was scored as `1 + 12`."""
+    text = "<think>1 + 1</think><answer>2</answer>"
+    opening = "{% if add_generation_prompt %}<think></think>{% endif %}"  # a template that writes tags is no reason
+    for tokenizer in (with_tags(), with_tags(template=opening)):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.convert_tokens_to_ids("<think>") in ids
+        template = Template(tokenizer, None, {})
+        assert template.decode([*ids, END, PAD], {END}) == text
+        assert template.decode([START, *ids], ()) == text
+
+
+def test_tags_reach_rewards_and_logs_of_a_run(tiny_config, tmp_path):
+    """A part of the tiny vocabulary becomes special tokens, so that random answers hold some."""
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = [token for token in content["model"]["vocab"] if token.isascii() and token.isalpha()]
+    # none that the template writes: those mark turns
+    by_id = {content["model"]["vocab"][word]: word for word in words if word not in "user q assistant"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": i, "content": by_id[i], **flags} for i in by_id]
+    path.write_text(json.dumps(content))
+    words = ["train", "--config", str(tiny_config), "--output", str(tmp_path / "run"), "--steps", "1"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    answers = [answer for group in groups for answer in group["completions"]]
+    special = [(by_id[i], answer["text"]) for answer in answers for i in answer["ids"] if i in by_id]
+    assert len(special) > 5 and all(token in text for token, text in special)
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_not_in_the_prompt():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    ends = [("<|im_start|>", START), ("<|im_end|>", END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=ends)
+    assert tokenizer("x").input_ids[-1] == END
+    prompt = Template(tokenizer, "Question: {prompt}\nAnswer:", {}).encode("2 + 2")
+    assert prompt.ids[0] == START and END not in prompt.ids
+    assert prompt.text == "<|im_start|>Question: 2 + 2\nAnswer:" == tokenizer.decode(prompt.ids)
+
+
+def test_the_shown_prompt_is_made_of_the_ids(tiny_config, tmp_path):
+    """What the tokenizer adds shows only there."""
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    piece = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [START], "tokens": ["<|im_start|>"]}},
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    tiny_config.write_text(tiny_config.read_text().replace("[data]", 'prompt_format = "Ask: {prompt}"\n[data]'))
+    words = ["train", "--config", str(tiny_config), "--output", str(tmp_path / "run"), "--steps", "1"]
+    said = CliRunner().invoke(app, words).stderr
+    assert "<|im_start|>Ask: " in said
+
+
+def test_a_system_message_without_a_place_in_the_format_is_an_error():
+    with pytest.raises(ModelError, match=r"\{system\}"):
+        template = Template(tiny_tokenizer(), "Q: {prompt}\nA:", {})
+        template.encode([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}])
+
+
+def test_data_system_without_a_place_is_refused_before_anything_is_loaded(tiny_config):
+    words = ["--set", "model.prompt_format=Q: {prompt}", "--set", "data.system=Be brief."]
+    refused = CliRunner().invoke(app, ["train", "--config", str(tiny_config), "--dry-run", *words])
+    assert refused.exit_code == 1 and "data.system" in refused.stderr and "{system}" in refused.stderr
+    words[1] = "model.prompt_format={system} Q: {prompt}"
+    assert CliRunner().invoke(app, ["train", "--config", str(tiny_config), "--dry-run", *words]).exit_code == 0
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * 100000000 }}", "a" * 10_000_000], ids=["rendered", "written"])
+def test_a_chat_template_beyond_measure_is_refused(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match="1,000,000 characters"):
+        Template(tokenizer, None, {}).encode("2 + 2")
 
 
 def test_declared_format_for_bases():

@@ -353,6 +353,21 @@ def test_an_objective_lies_over_preset_and_file_and_under_set(toml):
     assert {config.objective.weights for config in found} == {"none"}
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("openai/gsm8k", True), ("Qwen/Qwen2.5-1.5B-Instruct", True), ("a_b/c-d.e", True), ("data/rows.jsonl", False),
+        ("base/model.gguf", False), ("../..", False), ("./model", False), ("/model", False), ("~/model", False),
+        ("a/b/c", False), ("gsm8k", False), ("reasoning-gym:a/b", False), ("package:a/b", False), ("here/model", False),
+        ("a/" + 300 * "b", False),
+    ],
+)  # fmt: skip
+def test_one_definition_says_what_a_hub_id_is(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert loading.is_hub_id(name) == expected
+
+
 def test_a_recipes_reward_comes_beside_those_of_the_run(toml):
     file = toml('[data]\nsource = "x.jsonl"\n[model]\nname = "m"\n')
     assert loading.load(None, file, objective="dapo").rewards.functions == {"exact": 1.0, "overlong": 1.0}

@@ -5,18 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from lite_trgrpo.cli import app
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ExportError, MissingPackageError
 from lite_trgrpo.export import export, gguf, merge
-from lite_trgrpo.export.verify import ask
+from lite_trgrpo.export.verify import Answers, ask, of_rows
 from lite_trgrpo.model.weights import locate
+from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.run import Run
 from tests.runs import BASE, finished_run
 from tests.tiny import tiny_model_folder
@@ -156,8 +160,8 @@ def rename(folder: Path) -> None:
         (lambda folder: rewrite(folder, base_model_name_or_path="a/b"), "_or_path = 'a/b', the run 'tiny"),
         (lambda folder: rewrite(folder, revision="v2"), "revision = 'v2', the run None"),
         (lambda folder: rewrite(folder, lora_alpha=1.0), "lora_alpha = 1.0, the run 32.0"),
-        (lambda folder: rewrite(folder, target_modules=["query"]), r"names the modules \['query'\]"),
-        (rename, r"8 tensors of the exported adapter are not the run's, .*q_proj"),
+        (lambda folder: rewrite(folder, target_modules=["query"]), r"target_modules = \['query'\]"),
+        (rename, WEIGHTS),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"half"), "holds no whole LoRA adapter"),
     ],
     ids=["base", "revision", "alpha", "targets", "tensors", "damaged"],
@@ -166,7 +170,7 @@ def test_names_and_base_must_be_the_runs(written, broken, message):
     run, config, folder = written
     broken(folder)
     with pytest.raises(ExportError, match=message):
-        export.check(run, config, located(config), folder, WANTED, silent)
+        export.check(run, config, export.of_the_end(run), located(config), folder, WANTED, silent)
 
 
 def test_a_run_without_an_adapter_says_how_to_finish_it(original, tmp_path):
@@ -275,6 +279,120 @@ def test_a_system_message_that_the_template_adds_itself_is_in_the_modelfile(orig
     assert 'SYSTEM """You add."""' in text
 
 
+# -- against what the run recorded -------------------------------------------------------------------------
+
+
+def worsened(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: -40 * t if "lora_B" in n else t for n, t in tensors.items()}, folder / WEIGHTS)
+
+
+@pytest.fixture
+def copied(original, tmp_path):
+    """-> a copy of the run that a test may damage, and its config."""
+    run, config = original
+    return Run.existing(Path(shutil.copytree(run.folder, tmp_path / "run"))), config
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (worsened, WEIGHTS),
+        (lambda folder: rewrite(folder, lora_alpha=-1000.0), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+    ],
+    ids=["weights", "scale", "gone"],
+)
+def test_a_damaged_adapter_is_refused_by_its_digest(copied, damage, file):
+    """An adapter whose B was multiplied by -40 once exported as verified: it was compared with itself."""
+    run, _ = copied
+    damage(run.adapter)
+    refused = CliRunner().invoke(app, ["export", str(run.folder)])
+    assert refused.exit_code == 1
+    assert file in refused.stderr and "SHA-256" in refused.stderr and "--resume" in refused.stderr
+    assert not export.folder_of(run).exists()
+
+
+def test_an_earlier_export_does_not_hide_a_damaged_adapter(copied):
+    run, _ = copied
+    folder = export.folder_of(run)
+    folder.mkdir()
+    worsened(run.adapter)
+    shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
+    files = {path.name: export.sha256(path) for path in folder.iterdir()}
+    (folder / "check.json").write_text(json.dumps({"forms": {}, "files": files}))
+    refused = CliRunner().invoke(app, ["export", str(run.folder), "--dry-run"])
+    assert refused.exit_code == 1 and WEIGHTS in refused.stderr
+
+
+def test_a_run_that_was_cut_off_later_than_its_adapter_is_not_exported(copied):
+    run, _ = copied
+    newest = checkpoint.newest(run.checkpoints)
+    state = checkpoint.state_of(newest) | {"complete": False, "step": 1}
+    del state["adapter"], state["sha256"]
+    state["sha256"] = checkpoint._digest(state)
+    (newest / "state.json").write_text(json.dumps(state))
+    refused = CliRunner().invoke(app, ["export", str(run.folder)])
+    assert refused.exit_code == 1 and f"train --resume {run.folder}" in refused.stderr
+
+
+def answers_of(run, **facts) -> Answers:
+    found = of_rows(run.evaluations()[-1]["rows"], [])
+    return replace(found, facts=run.facts() | facts)
+
+
+def another(answers: Answers, rows: int, solved: bool) -> Answers:
+    """The same but for the first `rows` answers."""
+    n = len(answers.ids)
+    return replace(
+        answers, ids=[[7] for _ in range(rows)] + answers.ids[rows:], solved=[solved] * rows + [True] * (n - rows)
+    )
+
+
+def test_recorded_answers_that_differ_on_this_machine_are_a_failure(copied):
+    run, _ = copied
+    state = export.of_the_end(run)
+    assert export._as_recorded(run, state, answers_of(run), silent) == ([], 8)
+    with pytest.raises(ExportError, match=r"\b1 of 8 .*otherwise than"):
+        export._as_recorded(run, state, another(answers_of(run), 1, True), silent)
+
+
+def test_on_another_processor_answers_may_differ_but_not_the_score(copied):
+    run, _ = copied
+    state, said = export.of_the_end(run), []
+    evaluation = run.evaluations()[-1]
+    evaluation["rows"] = [row | {"solved": True} for row in evaluation["rows"]]
+    (run.folder / "eval.jsonl").write_text(json.dumps(evaluation) + "\n")
+    there = answers_of(run, processor="another")
+    other, equal = export._as_recorded(run, state, another(there, 6, True), said.append)
+    assert equal == 2 and "processor" in other[0] and "processor" in said[0]
+    with pytest.raises(ExportError, match=r"6 of 8 .*-0\.750 .*processor"):
+        export._as_recorded(run, state, another(there, 6, False), silent)
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "eval.jsonl"])
+def test_without_a_digest_the_recorded_answers_decide_and_one_must_be_there(copied, lost):
+    run, _ = copied
+    shutil.rmtree(run.checkpoints)
+    if lost == "eval.jsonl":
+        (run.folder / lost).unlink()
+        with pytest.raises(ExportError, match="checkpoints"):
+            export._as_recorded(run, export.of_the_end(run), answers_of_nothing(run), silent)
+    else:
+        assert export._as_recorded(run, export.of_the_end(run), answers_of(run), silent) == ([], 8)
+
+
+def answers_of_nothing(run) -> Answers:
+    return replace(of_rows([], []), facts=run.facts())
+
+
+def test_a_base_that_was_replaced_since_the_training_is_named_at_export(copied):
+    run, _ = copied
+    files = {**run.facts()["files"], "base": {"model.safetensors": "0" * 64}}
+    with pytest.raises(ExportError, match=r"model\.safetensors"):
+        export._as_recorded(run, export.of_the_end(run), answers_of(run, files=files), silent)
+
+
 # -- in fresh processes -------------------------------------------------------------------------------------
 
 
@@ -303,14 +421,24 @@ def test_an_export_of_every_form_passes_and_is_not_made_twice(tmp_path):
 def test_an_adapter_that_was_zeroed_on_the_way_is_caught(written):
     run, config, folder = written
     zeroed(folder)
-    with pytest.raises(ExportError, match=r"answers \d of 8 held-out prompts otherwise than the run's"):
-        export.check(run, config, located(config), folder, WANTED, silent)
+    changed = config.changed("model", adapter=str(folder))
+    with pytest.raises(ExportError, match=r"answers \d of 8 held-out prompts otherwise than the run"):
+        export._as_recorded(run, export.of_the_end(run), ask(changed, "it"), silent)
+
+
+@pytest.mark.slow
+def test_a_damaged_adapter_of_a_run_without_digests_is_caught_by_its_answers(copied):
+    run, config = copied
+    shutil.rmtree(run.checkpoints)
+    worsened(run.adapter)
+    with pytest.raises(ExportError, match=r"of 8 held-out prompts otherwise than"):
+        export.export(run, config, WANTED, silent)
+    assert not export.folder_of(run).exists()
 
 
 @pytest.mark.slow
 def test_a_run_whose_own_adapter_has_no_effect_is_no_export(tmp_path):
-    run, config = finished_run(tmp_path)
-    zeroed(run.adapter)
+    run, config = finished_run(tmp_path, noise=0)
     with pytest.raises(
         ExportError, match=r"all 8 held-out answers equal those of the base: it has no effect\. Nothing"
     ):

@@ -1,5 +1,6 @@
 """The push, with the Hub's real client over HTTP against a small Hub on this machine; and the card."""
 
+import html
 import json
 
 import huggingface_hub
@@ -12,6 +13,7 @@ from lite_trgrpo.cli import app
 from lite_trgrpo.errors import HubError
 from lite_trgrpo.export import card, export, hub
 from lite_trgrpo.export.verify import answer
+from lite_trgrpo.text import sha256
 from tests.hub_uploads import TOKEN, USER, UploadServer
 from tests.runs import BASE, finished_run
 
@@ -30,7 +32,7 @@ def checked(tmp_path_factory):
     )
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
     scores = {"base": estimate, "pass@1": estimate, "gain": estimate}
-    files = {path.name: export._digest(path) for path in folder.iterdir()}
+    files = {path.name: sha256(path) for path in folder.iterdir()}
     report = {"base": BASE, "revision": None, "quantization": "none", "rows": 8, "held_out": True, "trained": scores,
               "forms": {}, "files": files}  # fmt: skip
     (folder / "check.json").write_text(json.dumps(report))
@@ -134,6 +136,7 @@ def test_a_refused_login_is_known_before_anything_is_exported(monkeypatch, check
         ("eve/sums", "your login may not write to eve/sums"),
         ("no id at all", "'no id at all' is no Hub id such as USER/REPO"),
         ("sums", "'sums' is no Hub id such as USER/REPO"),
+        ("../..", r"'\.\./\.\.' is no Hub id"),
     ],
 )
 def test_a_repository_that_cannot_be_ones_own(push, repo, message):
@@ -216,6 +219,31 @@ def test_no_folder_and_no_secret_of_this_machine_is_on_the_card(checked):
     assert "data.jsonl" in text
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_abcdefghijklmnopqrstuvwxyz012345", "ghp_abcdefghijklmnopqrstuvwxyz0123", "AKIAABCDEFGHIJKLMNOP",
+        "https://ada:correct-horse@example.com/data", "postgresql://ada:p@ss@host/db",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["answer", "prompt", "system", "setting"])
+def test_a_secret_is_removed_wherever_it_stands_on_the_card(checked, monkeypatch, secret, place):
+    """An underscore becomes an entity in a table: the filter once ran after that and saw no secret."""
+    run, config = checked
+    lines = run.evaluations()
+    for line in lines:
+        line["rows"][0] |= {"greedy": f"it is {secret} ok" if place == "answer" else "42"}
+        line["rows"][0] |= {"prompt": f"it is {secret} ok" if place == "prompt" else "6 * 7"}
+    monkeypatch.setattr(type(run), "evaluations", lambda self: lines)
+    if place == "system":
+        config = config.changed("data", system=f"Use {secret} please")
+    if place == "setting":
+        config = config.changed("model", lora_targets=[secret])
+    text = html.unescape(card_of(run, config))
+    private = "correct-horse" if "horse" in secret else "p@ss" if "p@ss" in secret else secret
+    assert private not in text and "it looks like a secret" in text
+
+
 def test_model_text_cannot_break_the_table(checked, monkeypatch):
     """Model text is data: a pipe, a tag, a fence or a link in it stays text."""
     from markdown_it import MarkdownIt
@@ -227,9 +255,9 @@ def test_model_text_cannot_break_the_table(checked, monkeypatch):
         line["rows"][0]["greedy"] = answer
     monkeypatch.setattr(type(run), "evaluations", lambda self: lines)
     body = card_of(run, config).split("## Samples")[1].split("## How")[0]
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
-    assert html.count("<tr>") == 1 + card.SAMPLES and html.count("<td>") == 4 * card.SAMPLES
-    assert "<script>" not in html and "href" not in html and "<strong>" not in html and "<code>" not in html
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    assert page.count("<tr>") == 1 + card.SAMPLES and page.count("<td>") == 4 * card.SAMPLES
+    assert "<script>" not in page and "href" not in page and "<strong>" not in page and "<code>" not in page
 
 
 def test_a_dry_run_shows_the_card_and_the_files_and_writes_nothing(checked):

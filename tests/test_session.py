@@ -6,6 +6,7 @@ import tomllib
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lite_trgrpo.cli import app
@@ -90,6 +91,31 @@ def test_a_finished_run_says_how_to_go_on(run):
     refused = CliRunner().invoke(app, ["train", "--resume", str(folder), "--steps", "1"])
     assert refused.exit_code == 1 and "--steps" in refused.stderr
     assert (folder / "config.toml").read_text() == before
+
+
+def test_export_takes_the_adapter_that_the_last_checkpoint_records_and_no_other(run):
+    folder, _ = run
+    state = json.loads((folder / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert CliRunner().invoke(app, ["export", str(folder), "--dry-run"]).exit_code == 0
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights)
+    refused = CliRunner().invoke(app, ["export", str(folder)])
+    assert refused.exit_code == 1 and weights.name in refused.stderr and "SHA-256" in refused.stderr
+
+
+def test_resume_refuses_a_changed_base_and_names_changed_rewards(run, tmp_path):
+    folder, _ = run
+    reward, weights = tmp_path / "reward.py", tmp_path / "model" / "model.safetensors"
+    reward.write_text(reward.read_text() + "# edited\n")
+    assert "reward.py" in call("train", "--resume", folder, "--steps", 3).stderr
+    assert "reward.py" not in call("train", "--resume", folder, "--steps", 4).stderr
+    tensors = load_file(weights)
+    save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    before = (folder / "config.toml").read_text(), (folder / "metrics.jsonl").read_text()
+    refused = CliRunner().invoke(app, ["train", "--resume", str(folder), "--steps", "5"])
+    assert refused.exit_code == 1 and "model.safetensors" in refused.stderr and "config.json" not in refused.stderr
+    assert ((folder / "config.toml").read_text(), (folder / "metrics.jsonl").read_text()) == before
 
 
 def test_the_gradient_norms_running_variance(run):

@@ -7,6 +7,7 @@ value, it is not merged); only a recipe's reward is added to the preset's.
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ SYNONYMS = {
     "max_completion_length": "rollout.max_new_tokens", "num_generations": "rollout.group_size",
     "load_in_4bit": "model.quantization",
 }  # fmt: skip
+
+
+HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 def presets() -> dict[str, Path]:
@@ -105,12 +109,18 @@ def head_comment(path: Path) -> dict[str, str]:
     return found
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name in the options is USER/REPO on the Hub, and nothing on this disk."""
+    file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".gguf", ".toml")
+    return HUB_ID.fullmatch(name) is not None and not file and not Path(name).exists()
+
+
 def adapter_folder(name: str) -> Path | None:
     """The folder that `model.adapter` names; None: it is a Hub id. Raises ModelError where it is neither."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.count("/") != 1 or name.startswith((".", "runs/")):
+    if not is_hub_id(name) or name.startswith("runs/"):
         raise ModelError(f"no adapter folder {folder} (from {Path.cwd()}); type an existing folder, or a Hub id")
     return None
 
@@ -250,8 +260,8 @@ def _problem(item: dict[str, Any]) -> str:
         return f"{name} is not set. Type --set {name}=..."
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if len(place) == 1:  # the section as a whole: its values do not fit together
-        return f"{name}: {message}"
+    if len(place) < 2:  # values of a section, or of several, that do not fit together
+        return f"{name}: {message}".removeprefix(": ")
     if item["type"] == "string_type" and not isinstance(item["input"], list | dict):
         message += f"; quote it: --set '{name}=\"{item['input']}\"'"
     return f"{name} = {json.dumps(item['input'], default=str)}: {message}"

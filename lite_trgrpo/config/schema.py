@@ -383,6 +383,16 @@ class Config(Section):
     eval: Eval = Eval()
     guards: Guards = Guards()
 
+    @model_validator(mode="after")
+    def _system_message_has_a_place(self) -> "Config":
+        form = self.model.prompt_format
+        if self.data.system and form is not None and "{system}" not in form:
+            raise ValueError(
+                f"data.system is set, but model.prompt_format {form!r} has no {{system}}, so the model would never "
+                "read it. Write {system} into the format, or unset data.system"
+            )
+        return self
+
     def changed(self, section: str, **values: Any) -> "Config":
         """The same run with other values in one section; they are not validated again."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})

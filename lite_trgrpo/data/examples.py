@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config.loading import nearest
+from lite_trgrpo.config.loading import is_hub_id, nearest
 from lite_trgrpo.config.schema import Data
 from lite_trgrpo.data import difficulty
-from lite_trgrpo.data.sources import _is_hub_id, rows
+from lite_trgrpo.data.sources import rows
 from lite_trgrpo.errors import DataError
 from lite_trgrpo.records import Example
 
@@ -24,7 +24,7 @@ def load_examples(data: Data, eval_rows: int) -> tuple[list[Example], list[Examp
     held out depends on `data.seed` alone, never on the run's seed. With `scan`, those of medium difficulty are left for
     training.
     """
-    if data.eval_split and not _is_hub_id(data.eval_source or data.source):
+    if data.eval_split and not is_hub_id(data.eval_source or data.source):
         raise DataError(f"data.eval_split = {data.eval_split!r}: only a Hub data set has splits; use data.eval_source")
     own = read_examples(data, data.source, data.split)
     if data.eval_source or data.eval_split:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config.loading import nearest
+from lite_trgrpo.config.loading import is_hub_id, nearest
 from lite_trgrpo.config.schema import Data
 from lite_trgrpo.data.hub import fetch
 from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
@@ -34,17 +34,12 @@ def rows(data: Data, source: str, split: str) -> Iterable[Row]:
         return _reasoning_gym(name, data)
     if source.lower().endswith(FILES):
         return _file(Path(source).expanduser())
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return _hub(data, source, split)
     raise DataError(
         f"data.source {source!r} is not a file ending in {', '.join(FILES)}, a Hub id such as openai/gsm8k, "
         "reasoning-gym:TASK or builtin:addition"
     )
-
-
-def _is_hub_id(source: str) -> bool:
-    local = source.lower().endswith((*FILES, ".gz")) or source.startswith((".", "/", "~", "builtin:", "reasoning-gym:"))
-    return source.count("/") == 1 and not local
 
 
 def _builtin(name: str, data: Data) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_trgrpo.config import loading
+from lite_trgrpo.config.loading import is_hub_id
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.store.run import Run
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 TAGS = ["lite-trgrpo", "tr-grpo", "grpo", "peft", "lora"]
 SAMPLES = 5
-SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat)[-_][A-Za-z0-9_-]{16,}")
+SECRET = re.compile(
+    r"\b(?:hf|sk|gh[a-z]|github_pat|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/]+(?=@)"
+)
 FORMS = {
     "unquantised": "adapter on the unquantised base", "merged": "merged weights (`merged/`)", "gguf": "GGUF",
 }  # fmt: skip
@@ -53,7 +56,7 @@ def write(
     }  # fmt: skip
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     card = ModelCard.from_template(_metadata(config, base, lines, name, licence), template_str=template, **variables)
-    return SECRET.sub("(removed: it looks like a secret)", re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
+    return _public(re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
 
 
 def base_licence(config: Config, base: str) -> str | None:
@@ -71,10 +74,10 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     source = config.data.source
-    called = source if _on_hub(source) else _plain_name(source)
+    called = source if is_hub_id(source) else _plain_name(source)
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=source if _on_hub(source) else "lite-trgrpo",
+            task_type="text-generation", dataset_type=source if is_hub_id(source) else "lite-trgrpo",
             dataset_name=called, metric_type=metric, metric_value=round(value["value"], 4),
             metric_name=f"held-out {metric}, {len(lines[-1]['rows'])} rows",
         )
@@ -84,7 +87,7 @@ def _metadata(
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None, license=licence if licence != "unknown" else None,
         library_name="peft", pipeline_tag="text-generation", tags=TAGS, model_name=name.partition("/")[2],
-        datasets=[source] if _on_hub(source) else None, eval_results=results or None,
+        datasets=[source] if is_hub_id(source) else None, eval_results=results or None,
     )  # fmt: skip
     if is_hub_id(base):
         data["base_model_relation"] = "adapter"
@@ -130,7 +133,7 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _quoted(text: str) -> str:
     """The text as a Python and TOML string, with nothing in it that could end a code block."""
-    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
+    return json.dumps(_public(text), ensure_ascii=False).replace("`", "\\u0060")
 
 
 def _chat_options(config: Config, base: str) -> str:
@@ -165,18 +168,14 @@ def _settings(config: Config) -> list[str]:
 # -- words --------------------------------------------------------------------------------------------------
 
 
-def is_hub_id(name: str) -> bool:
-    """USER/REPO, and no path here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _on_hub(source: str) -> bool:
-    return is_hub_id(source) and Path(source).suffix not in (".jsonl", ".csv", ".parquet")
+def _public(text: str) -> str:
+    """The text without what looks like a secret. Before it is escaped: an escaped `_` would hide one."""
+    return SECRET.sub("(removed: it looks like a secret)", text)
 
 
 def _source(config: Config) -> str:
     source = config.data.source
-    if _on_hub(source):
+    if is_hub_id(source):
         subset = f", {config.data.subset}" if config.data.subset else ""
         return f"[{source}](https://huggingface.co/datasets/{source}){subset}"
     return f"`{_plain_name(source)}`"
@@ -194,6 +193,6 @@ def _estimate(value: Mapping[str, float]) -> str:
 def _cell(text: Any) -> str:
     """Model text in a table: nothing in it can end the cell, open a tag, or make a link."""
     escaped = "".join(
-        c if c.isalnum() or c in " .,:;?'+=/%-" else "\n" if c == "\n" else f"&#{ord(c)};" for c in str(text)
+        c if c.isalnum() or c in " .,:;?'+=/%-" else "\n" if c == "\n" else f"&#{ord(c)};" for c in _public(str(text))
     )
     return escaped.replace("\n", "<br>")

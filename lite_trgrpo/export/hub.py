@@ -3,11 +3,11 @@
 Login and token are the Hub client's: nothing here reads, keeps or shows them.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lite_trgrpo.config.loading import HUB_ID, is_hub_id
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import HubError, first_line
 from lite_trgrpo.export import card, export
@@ -26,7 +26,7 @@ def deliver(
 ) -> export.Report:
     """Export, unless that is done already; write the card; push where a repository is named -> the check's report."""
     _must_be_id(repo)
-    if repo and not card.is_hub_id(base := config.model.upstream or config.model.name):
+    if repo and not is_hub_id(base := config.model.upstream or config.model.name):
         raise HubError(
             f'the base {base} is no Hub id. Others cannot load that base: set upstream = "USER/MODEL" under [model] '
             f"in {run.folder / 'config.toml'}, or give no --push"
@@ -66,7 +66,7 @@ def preview(run: Run, config: Config, wanted: export.Wanted, repo: str | None) -
 
 
 def _must_be_id(repo: str | None) -> None:
-    if repo is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None:
+    if repo is not None and HUB_ID.fullmatch(repo) is None:
         raise HubError(f"--push {repo!r} is no Hub id such as USER/REPO")
 
 

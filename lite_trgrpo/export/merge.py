@@ -40,9 +40,6 @@ class Adapter:
     """adapter_config.json"""
     tensors: dict[str, Tensor]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> A [r, in] and B [out, r]. Raises ExportError where the adapter holds anything else."""
         odd = [f"{key} = {self.settings[key]!r}" for key, off in OFF.items() if (self.settings.get(key) or off) != off]

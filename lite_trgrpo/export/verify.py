@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Answers:
     solved: list[bool | None]
     logprobs: list[list[float]]
     """Log-probabilities of the tokens that were asked for: of its own answers, unless others were given."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """`build.machine_facts` of the process that answered."""
 
 
 def ask(config: Config, what: str, *, gguf: Path | None = None, tokens: list[list[int]] | None = None) -> Answers:
@@ -85,7 +87,7 @@ def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) ->
             found, _ = policy.logprobs([(prompt, ids) for _, prompt, ids in batch], sampling.temperature)
         for (i, _, ids), row in zip(batch, found, strict=True):
             logprobs[i] = row[: len(ids)].tolist()
-    return of_rows(rows, logprobs)
+    return replace(of_rows(rows, logprobs), facts=build.machine_facts(config, policy))
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], logprobs: list[list[float]]) -> Answers:

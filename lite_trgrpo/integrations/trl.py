@@ -237,7 +237,7 @@ def reward_function(
     """The configured rewards as one function in TRL's manner; an answer is read from its ids, as in our own loop."""
 
     def completion(ids: Sequence[int]) -> Completion:
-        text = template.tokenizer.decode(ids, skip_special_tokens=True)
+        text = template.decode(ids, ends)
         return Completion(tuple(ids), (True,) * len(ids), (0.0,) * len(ids), text, ids[-1] in ends)
 
     def reward(

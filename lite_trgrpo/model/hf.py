@@ -81,6 +81,8 @@ def _template(folder: Path, options: Model) -> Template:
 class TransformersPolicy:
     """A causal language model with a LoRA adapter; see `lite_trgrpo.model.policy.Policy` for the methods."""
 
+    backend = "transformers"
+
     def __init__(self, model: Any, template: Template, located: Located, gradient_checkpointing: bool) -> None:
         self.model = model
         self.template = template
@@ -89,13 +91,25 @@ class TransformersPolicy:
         pad = template.tokenizer.pad_token_id
         self.network = Network(model, min(self.end_ids) if pad is None else pad, gradient_checkpointing)
         self.device, self.dtype = self.network.device, self.network.dtype
+        self.rows = model.get_input_embeddings().weight.shape[0]
+        if (last := max(template.tokenizer.vocab_size - 1, *self.end_ids)) >= self.rows:
+            raise ModelError(
+                f"the tokenizer beside {located.upstream} has tokens up to id {last}, the model's embedding has "
+                f"{self.rows} rows: it is another model's. Put the model's own tokenizer files back"
+            )
         self._check()
 
     def encode(self, prompt: str | list[Message]) -> Prompt:
-        return self.template.encode(prompt)
+        found = self.template.encode(prompt)
+        if (last := max(found.ids, default=0)) >= self.rows:  # some tokenizers have more tokens, for images
+            raise ModelError(
+                f"a prompt holds the token {self.pieces([last])[0]!r} with id {last}, but the model's embedding has "
+                f"{self.rows} rows: the token was added to the tokenizer and not to the model"
+            )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.template.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.template.decode(ids, self.end_ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return self.template.tokenizer.batch_decode([[i] for i in ids])

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError, first_line
 from lite_trgrpo.model.oom import ran_out
-from lite_trgrpo.model.weights import Located, locate_config
+from lite_trgrpo.model.weights import Located, locate_config, must_be_whole, stored_quantization
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -55,30 +57,35 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
     config = _read_config(located.folder, options)
     no_dropout(config)
     quantization = None
-    if options.quantization == "nf4":
+    if stored := stored_quantization(located.folder):
+        logger.warning(
+            f"{options.name} is already quantised ({stored}): it is used as it is. Its adapter can be exported, but "
+            "neither merged weights nor a GGUF. For those set model.name to the unquantised model"
+        )
+    elif options.quantization == "nf4":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
-    if options.quantization == "int8":
+    elif options.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = class_of(config).from_pretrained(
+        model, loaded = class_of(config).from_pretrained(
             located.folder, config=config, dtype=dtype, device_map={"": device},
             quantization_config=quantization, use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=options.trust_remote_code, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # as above
         if ran_out(error):
             raise
         raise ModelError(f"{options.name} could not be loaded: {first_line(error)}") from None
-    if quantization is not None and device.type == "cpu":
+    must_be_whole(options.name, loaded)
+    if (quantization or stored) and device.type == "cpu":
         for parameter in model.parameters():
             if parameter.is_floating_point():  # embeddings and norms: as part of the file they would hold all of it
                 parameter.data = parameter.data.clone()
-    if options.quantization == "nf4":
+    if quantization or stored:
         keep_gradients_on_cpu(model)
-    if options.quantization == "int8":
         unpack_8_bits(model)
     return model
 

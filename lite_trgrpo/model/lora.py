@@ -1,8 +1,11 @@
 """The LoRA adapter: made or loaded by PEFT, its products by ourselves."""
 
 import logging
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from lite_trgrpo.config.loading import adapter_folder
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.data.hub import fetch
 from lite_trgrpo.errors import ModelError, first_line
-from lite_trgrpo.model.weights import Located
+from lite_trgrpo.model.weights import Located, some
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,6 @@ FEW = 64  # rows
 
 
 def with_lora(base: Any, options: Model, located: Located) -> Any:
-    from peft import PeftModel
-
     if options.adapter is not None:
         files = ["*.json", "*.safetensors"]
         folder = adapter_folder(options.adapter) or fetch(options.adapter, None, files, "model.adapter")
@@ -29,13 +30,7 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
             if not (folder / file).is_file():
                 hint = f"; of this run give {folder / 'adapter'}" if (folder / "adapter" / file).is_file() else ""
                 raise ModelError(f"{folder} is no LoRA adapter: it has no {file}{hint}")
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        except Exception as error:  # as above
-            raise ModelError(
-                f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
-                "names the base it was made for"
-            ) from None
+        model = _with_stored(base, folder, located)
         made_for = model.peft_config["default"].base_model_name_or_path
         if made_for != located.upstream:  # shapes may fit all the same, as between a base and its instruct model
             logger.warning(f"the adapter was made for {made_for}, but the base here is {located.upstream}")
@@ -53,6 +48,49 @@ def with_lora(base: Any, options: Model, located: Located) -> Any:
         if isinstance(module, nn.Dropout):  # an adapter brings its own, a base may hide one in a nested config
             module.p = 0.0
     return model
+
+
+def _with_stored(base: Any, folder: Path, located: Located) -> Any:
+    """The base with the adapter in `folder`. Raises ModelError unless its tensors are those that its settings name: a
+    missing one PEFT would leave at its start, so that a part of the adapter has no effect.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            stored = set(file.keys())
+        settings = PeftConfig.from_pretrained(str(folder))
+        if isinstance(settings.target_modules, str) and settings.target_modules != "all-linear":
+            # a regular expression of others could run forever; the tensors tell which modules it meant
+            modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored}
+            settings.target_modules, settings.exclude_modules = sorted(modules), None
+        with warnings.catch_warnings():  # of missing tensors
+            warnings.simplefilter("ignore")
+            _must_be_names(settings.to_dict())
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, config=settings)
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:  # files of others: the libraries raise whatever they stumble over
+        raise ModelError(
+            f"the adapter {folder} does not fit {located.upstream}: {first_line(error)}. Its adapter_config.json "
+            "names the base it was made for"
+        ) from None
+    for what, names in (("lacks", wanted - stored), ("has foreign", stored - wanted)):
+        if names:
+            raise ModelError(
+                f"the adapter {folder} {what} {len(names)} tensors ({some(sorted(names))}): adapter_model.safetensors "
+                "is not the file of its adapter_config.json. Copy both again"
+            )
+    return model
+
+
+def _must_be_names(settings: Mapping[str, Any]) -> None:
+    """PEFT takes these for regular expressions, which can be made to run forever."""
+    for option in ("exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        given = settings.get(option) or []
+        for name in [given] if isinstance(given, str) else given:
+            if not re.fullmatch(r"[\w.^$-]*", name):
+                raise ValueError(f"{option} holds the regular expression {name!r:.80}, where only names are read")
 
 
 def add_lora(base: Any, options: Model) -> Any:

@@ -80,6 +80,7 @@ class UnslothPolicy(hf.TransformersPolicy):
     def __init__(self, model: Any, template: Any, located: Any, gradient_checkpointing: bool, vllm: bool) -> None:
         self.checkpointing = "unsloth" if gradient_checkpointing else False
         self.vllm, self.adapter_on = vllm, True
+        self.backend = "unsloth and vLLM" if vllm else "unsloth"
         super().__init__(model, template, located, gradient_checkpointing=False)  # not that of transformers
         self.network.gradient_checkpointing = gradient_checkpointing  # it decides the mode of the update
 

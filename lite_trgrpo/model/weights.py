@@ -4,7 +4,6 @@ Whatever the name, `locate` returns a local folder of safetensors; nothing after
 (.bin, .pt) are never fetched and never read.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -12,11 +11,15 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lite_trgrpo.config.loading import is_hub_id
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import HubError, MissingPackageError, ModelError, first_line
+from lite_trgrpo.text import sha256 as sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model folder: it has no config.json")
         return Located(path, upstream or name, None)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ModelError(
             f"model.name {name!r} is not a folder here, a .gguf file, package:NAME/FILE.gguf, or a Hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct"
@@ -56,9 +59,46 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
     return Located(folder, upstream or name, folder.name)
 
 
+def digests(located: Located) -> dict[str, str]:
+    """SHA-256 of the files that a local base is read from, by name; none for a Hub id, which its commit identifies."""
+    if located.revision is not None:
+        return {}
+    if located.folder.parent == cache_folder() / "gguf":  # converted: the folder bears the digest of the .gguf
+        return {"the .gguf file": located.folder.name}
+    files = {path for pattern in FETCHED for path in located.folder.glob(pattern)}
+    return {path.name: sha256_of(path) for path in sorted(files)}
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """How the weights in the folder are quantised already, in a few words; None: they are not."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not found:
+        return None
+    bits = next(
+        (f", {bits} bits" for bits in (4, 8) if found.get(f"load_in_{bits}bit") or found.get("bits") == bits), ""
+    )
+    return f"{found.get('quant_method', 'in a way of its own')}{bits}"
+
+
+def must_be_whole(name: str, loaded: Mapping[str, Any]) -> None:
+    """Raise ModelError where transformers (`output_loading_info`) made up tensors that the files of `name` lack."""
+    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} tensors of its model, {some(missing)}: it is damaged or half-fetched, and "
+            "random weights would stand in for them. Fetch or copy it again"
+        )
+    if unexpected:
+        logger.warning(f"{name} has {len(unexpected)} tensors that its model does not use: {some(unexpected)}")
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
     """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
-    if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
+    if not is_hub_id(name):
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
 
@@ -163,8 +203,7 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
 
 def _cache_of(gguf: Path) -> tuple[Path, str]:
     """-> where its conversion is kept, and its SHA-256."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(gguf)
     return cache_folder() / "gguf" / digest, digest
 
 
@@ -184,9 +223,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+        )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"transformers cannot read {gguf}: {first_line(error)}") from None
+    must_be_whole(str(gguf), loaded)
     # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.
     model.hf_quantizer = None
     for mark in ("quantization_method", "is_quantized"):

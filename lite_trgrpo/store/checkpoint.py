@@ -22,6 +22,7 @@ from torch import nn
 
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.store.disk import AFTERWARDS, sync
+from lite_trgrpo.text import sha256
 
 STATE = "state.json"
 
@@ -87,29 +88,40 @@ def prune(folder: Path, step: int, keep: int, also: Collection[int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save_adapter(write: Callable[[Path], None], folder: Path) -> None:
-    """A policy's `save_adapter` made durable; its failures become RunErrors."""
+def save_adapter(write: Callable[[Path], None], folder: Path) -> dict[str, str]:
+    """A policy's `save_adapter` made durable; its failures become RunErrors. -> SHA-256 of the files that decide what
+    the adapter does, by name, for the checkpoint.
+    """
     try:
         write(folder)
         for path in (*folder.iterdir(), folder, folder.parent):
             sync(path)
+        return {
+            path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")
+        }
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write the adapter into {folder}: {error}; {AFTERWARDS}") from None
 
 
+def state_of(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint keeps besides tensors: step, logs, limits; at the end of a run the adapter's SHA-256."""
+    found: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return found
+
+
 def steps_done(path: Path) -> int:
     """Steps done at a whole checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+    return state_of(path)["step"]
 
 
 def is_complete(path: Path) -> bool:
     """Whether a whole checkpoint says that its run had come to its end, adapter and scores included."""
-    return json.loads((path / STATE).read_text(encoding="utf-8")).get("complete", False)
+    return state_of(path).get("complete", False)
 
 
 def load(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put adapter and optimizer back as they were; -> the state that was saved, `step` in it."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = state_of(path)
     adapter = load_file(path / "adapter.safetensors")
     if adapter.keys() != trainable.keys() or any(adapter[n].shape != p.shape for n, p in trainable.items()):
         raise RunError(
@@ -169,7 +181,7 @@ def _number(path: Path) -> int:
 def is_whole(path: Path) -> bool:
     """Whether every file is the one that was written."""
     try:
-        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        content = state_of(path)
         if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
             return False
         return all(_fingerprint(path / name) == mark for name, mark in content["files"].items())
@@ -182,5 +194,4 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return [path.stat().st_size, sha256(path)]

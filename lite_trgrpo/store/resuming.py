@@ -14,6 +14,8 @@ from lite_trgrpo.store.run import Run, run_folders
 
 logger = logging.getLogger(__name__)
 
+ROUNDING = ("revision", "device", "processor", "dtype", "backend", "versions")
+
 
 def to_resume(run: Path | None) -> Path:
     """The folder of this run, or of the newest unfinished one in `runs`."""
@@ -84,14 +86,40 @@ def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
     return found, done
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What bears on the last bits of a result and is not as in `before` (run.json), one line each."""
+    return [
+        f"{key} was {before[key]}, now it is {now[key]}" for key in ROUNDING if before.get(key, now[key]) != now[key]
+    ]
+
+
+def changed_files(before: Mapping[str, Any], now: Mapping[str, Any], kind: str) -> str:
+    """Names of the files of this kind that are not those of run.json any more, with both digests; empty: none."""
+    was, found = before.get("files", now["files"])[kind], now["files"][kind]
+    return ", ".join(
+        f"{name} (SHA-256 {was.get(name, 'none'):.8} then, {found.get(name, 'none'):.8} now)"
+        for name in sorted(was.keys() | found.keys())
+        if was.get(name) != found.get(name)
+    )
+
+
 def compare_facts(run: Run, facts: Mapping[str, Any]) -> None:
-    """A resumed run needs the same rows; other versions or another machine only cost the last bits."""
+    """A resumed run needs the same rows and base weights. Changed rewards are a warning, as they may be a correction;
+    other versions or another machine only cost the last bits.
+    """
     before = run.facts()
+    if changed := changed_files(before, facts, "base"):
+        raise RunError(
+            f"the files of the base have changed since {run.folder} was started: {changed}. Put them back, or start "
+            "again with another --output"
+        )
     if before.get("prompts", facts["prompts"]) != facts["prompts"]:
         raise RunError(
             f"the data have changed since {run.folder} was started ({before['prompts']} then, "
             f"{facts['prompts']} now): put the data back, or start again with another --output"
         )
-    for key in ("revision", "device", "dtype", "versions"):
-        if before.get(key, facts[key]) != facts[key]:
-            logger.warning(f"{key} was {before[key]}, now it is {facts[key]}: the run continues, but not bit for bit")
+    for kind in ("rewards", "adapter"):
+        if changed := changed_files(before, facts, kind):
+            logger.warning(f"{kind}: changed since {run.folder} was started, and used as they are now: {changed}")
+    for line in differences(before, facts):
+        logger.warning(f"{line}: the run continues, but not bit for bit")

@@ -142,12 +142,13 @@ def export_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"loaded again, {report['rows']} rows (95 % interval)", title_justify="left")
     for column in ("form", "base", "pass@1", "gain", "answers as in training", "mean |log-prob difference|"):
         table.add_column(column)
-    exact = {**report["trained"], "equal": report["rows"], "logprob_difference": 0.0}
+    exact = {"equal": None, "logprob_difference": 0.0, **report["trained"]}
     name = "adapter" + (f" on {report['quantization']}" if report["quantization"] != "none" else "")
     for form, scores in {name: exact, **report["forms"]}.items():
         table.add_row(
             form, *(_estimate(scores[key]) for key in ("base", "pass@1", "gain")),
-            f"{scores['equal']} of {report['rows']}", f"{scores['logprob_difference']:.4f}",
+            "not recorded" if scores["equal"] is None else f"{scores['equal']} of {report['rows']}",
+            f"{scores['logprob_difference']:.4f}",
         )  # fmt: skip
     return table
 

@@ -1,6 +1,7 @@
 """Saving a run at work, and falling back on what was saved."""
 
 import time
+from typing import Any
 
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.training import guards
@@ -15,9 +16,9 @@ def save_if_due(job: Job) -> None:
         save(job)
 
 
-def save(job: Job, *, complete: bool = False) -> None:
-    """Write a checkpoint and prune; `complete` says that the adapter and all scores are there too."""
-    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict()}
+def save(job: Job, *, complete: bool = False, **more: Any) -> None:
+    """Write a checkpoint, with `more` in its state, and prune; `complete`: adapter and all scores are there."""
+    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict(), **more}
     checkpoint.save(job.run.checkpoints, job.step, job.trainable, job.optimizer, state)
     job.saved, job.saved_at = job.step, time.monotonic()
     best = max(job.evaluations, key=score_of, default=None)
@@ -27,9 +28,9 @@ def save(job: Job, *, complete: bool = False) -> None:
 
 
 def finish(job: Job, *, complete: bool) -> None:
-    """The adapter comes first: a complete checkpoint says that it is there."""
-    checkpoint.save_adapter(job.policy.save_adapter, job.run.adapter)
-    save(job, complete=complete)
+    """The adapter comes first: the checkpoint holds its SHA-256, and a complete one says that it is there."""
+    adapter = checkpoint.save_adapter(job.policy.save_adapter, job.run.adapter)
+    save(job, complete=complete, adapter=adapter)
 
 
 def score_of(line: Metrics) -> float:
