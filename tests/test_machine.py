@@ -74,6 +74,16 @@ def test_a_card_that_this_torch_cannot_use_is_named_with_what_to_install(driver)
         assert not problem["fatal"]
 
 
+@without_card
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_run_warns_of_a_card_that_torch_cannot_use(driver, tiny_config, tmp_path, device):
+    words = ["train", "-c", str(tiny_config), "-o", str(tmp_path / "run"), "-s", f"model.device={device}", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert ("RTX 3060" in done.stderr) == (device == "auto")
+
+
 @pytest.fixture
 def pip_check(monkeypatch):
     """What `pip check` answers; the other programs run as ever."""

@@ -157,6 +157,11 @@ def _free(folder: Path) -> int:
 # -- what stands in the way ---------------------------------------------------------------------------------
 
 
+def card_problems() -> list[Problem]:
+    """What keeps torch from using this machine's card; empty where it can, and where there is none."""
+    return list(_of_card(_card()))
+
+
 def _conflicts() -> Iterator[Problem]:
     """Problems that `pip check` finds with our packages, and two packages that exclude each other."""
     words = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]

@@ -17,7 +17,7 @@ from lite_trgrpo.training.stopping import Stopped
 app = typer.Typer(
     name="lite-trgrpo",
     help="Teach a small language model to reason on one GPU: TR-GRPO with LoRA on a 4-bit base.",
-    epilog="Start with: lite-trgrpo train --preset demo",
+    epilog="Start with: lite-trgrpo demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
