@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lite_trgrpo.config.loading import presets_folder
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import MissingPackageError, ModelError, first_line
 
@@ -58,9 +59,15 @@ def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str
 
 
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
-    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
+    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched.
+
+    The sizes of the presets' bases are shipped, so their memory can be planned without the Hub.
+    """
     if Path(name).expanduser().exists() or name.startswith("package:") or name.count("/") != 1:
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
+    shipped = presets_folder() / "models" / name.replace("/", "--")
+    if revision is None and shipped.is_dir():
+        return shipped
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
 
 
