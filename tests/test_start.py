@@ -240,6 +240,12 @@ def test_constraints_hold_every_direct_dependency_within_its_range(requirement):
     assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
 
 
+@pytest.mark.parametrize("name", ["torch", "transformers", "peft", "bitsandbytes", "trl"])
+def test_packages_used_beyond_their_interface_have_an_upper_bound(name):
+    [requirement] = [r for r in direct_dependencies() if r.name == name]
+    assert any(part.operator == "<" for part in requirement.specifier), requirement
+
+
 def test_start_takes_the_pythons_that_pyproject_takes(start):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=" + ".".join(map(str, start.OLDEST))
