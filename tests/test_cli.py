@@ -22,7 +22,7 @@ from lite_trgrpo.store.lock import locked
 from tests.toy import ToyPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "eval", "chat", "check", "init", "diagnose", "compare", "report", "export"]
+COMMANDS = ["demo", "train", "eval", "chat", "check", "init", "diagnose", "compare", "report", "export"]
 COMMANDS += ["presets list", "presets show"]
 ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75}
 SCORES = {"pass@1": ESTIMATE, "truncated": 0.0, "length_mean": 3.0, "rows": [{"prompt": "1 + 1?", "greedy": "2"}]}

@@ -1,6 +1,7 @@
 """`init`: a data file of one's own becomes a config that says what was guessed, or a line that says what to mend."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ from lite_trgrpo.cli import app
 from lite_trgrpo.config import loading
 from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.model import weights
-from tests.tiny import gsm8k_rows
+from tests.tiny import gsm8k_rows, tiny_model_folder
 from tests.toy import InProcess
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,14 +138,32 @@ def test_with_the_bases_tokenizer_at_hand_prompts_are_counted(monkeypatch):
     assert counted.reasons["data.max_prompt_tokens"] != guessed.reasons["data.max_prompt_tokens"]
 
 
-@pytest.mark.parametrize(("size", "preset"), [("24GB", "math-7b"), ("8GB", "math-1.5b"), ("5GB", "demo")])
-def test_the_base_is_the_largest_that_fits_the_card(size, preset):
-    """Offline the bases' shapes cannot be fetched: then the cards count that the presets name."""
+@pytest.fixture
+def tiny_presets(tmp_path, monkeypatch):
+    """The presets, with a random model of a few layers as base; one of them is tried."""
+    base = tiny_model_folder(tmp_path / "base")
+    folder = tmp_path / "presets"
+    shutil.copytree(loading.presets_folder(), folder)
+    for path in folder.glob("*.toml"):
+        path.write_text(re.sub(r'name = "Qwen/[^"]+"', f'name = "{base.as_posix()}"', path.read_text("utf-8")), "utf-8")
+    monkeypatch.setattr(loading, "presets_folder", lambda: folder)
+    monkeypatch.setattr(proposal, "BASES", ("math-7b",))
+
+
+@pytest.mark.parametrize(("size", "preset"), [("4GB", "math-7b"), ("1.05GB", "demo")])
+def test_the_base_is_one_that_fits_the_card_by_its_plan(tiny_presets, size, preset):
     assert init(jsonl("x.jsonl", gsm8k_rows(20)), "--vram", size).exit_code == 0
     config = loading.load(file=Path("x.toml"))
     assert config.model == loading.load(preset).model
     asked = proposal.BRIEF["number"] if preset == "demo" else proposal.STEPS
     assert config.data.system == asked and config.train.steps > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "preset"), [("24GB", "math-7b"), ("5GB", "math-4b"), ("3.5GB", "math-1.5b")])
+def test_the_base_is_the_largest_that_fits_the_card_without_the_hub(size, preset):
+    assert init(jsonl("x.jsonl", gsm8k_rows(20)), "--vram", size).exit_code == 0
+    assert loading.load(file=Path("x.toml")).model == loading.load(preset).model
 
 
 def test_the_demos_base_is_not_asked_to_reason_in_the_room_of_an_answer():

@@ -74,6 +74,33 @@ def test_a_card_that_this_torch_cannot_use_is_named_with_what_to_install(driver)
         assert not problem["fatal"]
 
 
+@without_card
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_run_warns_of_a_card_that_torch_cannot_use(driver, tiny_config, tmp_path, device):
+    words = ["train", "-c", str(tiny_config), "-o", str(tmp_path / "run"), "-s", f"model.device={device}", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert ("RTX 3060" in done.stderr) == (device == "auto")
+
+
+def test_rocm_is_allowed_and_labelled_untested(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    found = next(iter(machine_module._of_card({"name": "Radeon", "usable": True, "driver": None})))
+    assert "6.4.1" in found.what and "--steps" in found.fix and not found.fatal
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"), [("COLAB_RELEASE_TAG", "/content/drive"), ("KAGGLE_KERNEL_RUN_TYPE", "/kaggle/working")]
+)
+def test_a_lent_machine_is_named_with_where_to_write_and_how_to_resume(monkeypatch, variable, folder):
+    monkeypatch.setenv(variable, "1")
+    [problem] = [problem for problem in machine(None)["problems"] if folder in problem["fix"]]
+    assert f"lite-trgrpo train --resume {folder}" in problem["fix"] and not problem["fatal"]
+    monkeypatch.delenv(variable)
+    assert not any(folder in problem["fix"] for problem in machine(None)["problems"])
+
+
 @pytest.fixture
 def pip_check(monkeypatch):
     """What `pip check` answers; the other programs run as ever."""

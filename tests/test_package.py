@@ -1,6 +1,8 @@
-"""What is shipped: the wheel and the source archive, built offline from a copy of the repository."""
+"""What is shipped: wheel and source archive, built offline from a copy of the repository; files of a release."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,9 @@ pytest.importorskip("hatchling", reason="builds the packages (extra: dev)")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"lite_trgrpo-{__version__}"
-PRESETS = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "presets").rglob("*.toml")}
+PRESETS = {
+    path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "presets").rglob("*") if path.is_file()
+}
 # What lies about in a checkout and must not travel: an ignored environment, one that is not, caches, runs
 STRAY = [
     ".venv/lib/python3.11/site-packages/lite_trgrpo/stray.py",
@@ -112,7 +116,8 @@ def test_an_installed_wheel_finds_its_presets_inside_itself(wheel, tmp_path):
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     folder = tmp_path / "site" / "lite_trgrpo"
-    assert sorted(done.stdout.splitlines()) == sorted(str(folder / name) for name in PRESETS), done.stderr
+    tables = sorted(str(folder / name) for name in PRESETS if name.endswith(".toml"))
+    assert sorted(done.stdout.splitlines()) == tables, done.stderr
 
 
 def test_the_source_archive_holds_what_a_checkout_does(sdist):
@@ -122,6 +127,7 @@ def test_the_source_archive_holds_what_a_checkout_does(sdist):
         expected = {name for name in expected if "__pycache__" not in name}
         assert expected and expected <= names, folder
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "start.py", "constraints.txt"} <= names
+    assert "CITATION.cff" in names
 
 
 @pytest.mark.parametrize("archive", ["wheel", "sdist"])
@@ -136,3 +142,42 @@ def test_a_wheel_built_from_the_source_archive_is_the_same(wheel, sdist, tmp_pat
         file.extractall(tmp_path / "unpacked", filter="data")
     again = build(tmp_path / "unpacked" / NAME, "wheel", tmp_path / "again")
     assert contents(again) == contents(wheel)
+
+
+# -- around a release ---------------------------------------------------------------------------------------
+
+
+def github(name: str):
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / ".github" / name).read_text(encoding="utf-8"))
+
+
+def test_the_workflow_tests_every_python_and_system_with_commands_of_the_repository():
+    jobs = github("workflows/tests.yml")["jobs"]
+    start = runpy.run_path(str(ROOT / "start.py"))
+    matrix = jobs["default-suite"]["strategy"]["matrix"]
+    assert matrix["python"] == [f"3.{minor}" for minor in range(start["OLDEST"][1], start["NEWEST"][1] + 1)]
+    assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert len(commands) == len(jobs), "one command a job, which also runs elsewhere"
+    assert all((ROOT / command.split()[1]).is_file() for command in commands), commands
+
+
+def test_a_release_needs_no_stored_token_and_the_tag_names_the_version():
+    workflow = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    jobs = github("workflows/release.yml")["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and "secrets." not in workflow
+    assert f"dist/{NAME}-py3-none-any.whl".replace(__version__, "${GITHUB_REF_NAME#v}") in workflow
+
+
+def test_templates_ask_for_the_machine():
+    folder = ROOT / ".github"
+    for path in [*folder.glob("ISSUE_TEMPLATE/*.yml"), folder / "PULL_REQUEST_TEMPLATE.md"]:
+        assert "lite-trgrpo check --json" in path.read_text(encoding="utf-8"), path
+
+
+def test_the_citation_is_the_paper_that_the_readme_names():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    [paper] = [one["value"] for one in citation["preferred-citation"]["identifiers"]]
+    assert re.findall(r"arXiv \d+\.\d+", (ROOT / "README.md").read_text(encoding="utf-8"))[0] == paper.replace(":", " ")

@@ -1,6 +1,7 @@
 """The plan against what is measured: bytes alive in real runs of the same options."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from lite_trgrpo.check import memory
 from lite_trgrpo.check.plan import BYTES, _counted, _sampling, fitting, plan
 from lite_trgrpo.cli import app
 from lite_trgrpo.config import loading
+from lite_trgrpo.errors import HubError
 from lite_trgrpo.model import padded
+from lite_trgrpo.model.loading import load_config
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
 from lite_trgrpo.model.packing import by_length, by_prompt
@@ -251,3 +254,28 @@ def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, 
     assert found["run"].endswith("same")
     (tmp_path / "runs" / "same" / "config.toml").write_text("nonsense")
     assert memory.past(config, tmp_path / "runs") is None
+
+
+# -- the presets' bases, without the Hub (the suite runs with HF_HUB_OFFLINE) ---------------------------------
+
+
+@pytest.mark.parametrize("preset", [name for name in loading.presets() if name != "demo"])
+def test_the_shipped_sizes_of_a_base_are_those_of_its_download(preset):
+    """Two bytes a parameter are the gigabytes that the preset's head names."""
+    [named] = re.findall(r"([\d.]+) GB", loading.head_comment(loading.preset_path(preset))["base"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(loading.load(preset).model))
+    assert 2 * sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(float(named), rel=0.02)
+
+
+def test_another_revision_of_a_shipped_base_is_asked_of_the_hub():
+    with pytest.raises(HubError):
+        load_config(loading.load("math-1.5b", overrides=["model.revision=other"]).model)
+
+
+@pytest.mark.slow
+def test_check_plans_a_preset_without_the_hub():
+    done = CliRunner().invoke(app, ["check", "--preset", "math-1.5b", "--vram", "8GB", "--json"])
+    assert done.exit_code == 0, done.output
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["parts"]["weights"] == pytest.approx(1.066 * 2**30, rel=0.01)  # benchmarks/cards.txt: 1.07 GiB

@@ -188,6 +188,15 @@ def test_before_the_first_score_after_training_there_is_no_gain_and_no_arrow(run
     assert f"{run.evaluations()[0]['pass@1']['value']:.3f}" in page.under("b")
 
 
+def test_the_page_of_an_unfinished_run_refreshes_itself_without_a_script(run, tmp_path):
+    assert ("http-equiv", "refresh") not in Page(report.write(run)).attributes
+    path = run.folder / "metrics.jsonl"
+    path.write_text(path.read_text().rpartition("{")[0])  # the last step is not done yet
+    page = Page(report.write(run))
+    assert ("http-equiv", "refresh") in page.attributes and "<script" not in page.raw
+    assert ("http-equiv", "refresh") not in Page(report.compare([run, run], tmp_path / "two.html")).attributes
+
+
 def test_where_no_preset_has_the_base_the_command_names_the_runs_own_options(run):
     words = shlex.split(reading.command(reading.read(run)))
     assert words[:3] == ["lite-trgrpo", "train", "--config"]

@@ -48,6 +48,21 @@ class Problem:
     """Whether nothing, or nothing of the options asked about, can run."""
 
 
+# Machines lent for hours, by an environment variable that they set
+LENT = {
+    "COLAB_RELEASE_TAG": Problem(
+        "Colab: the session ends after some hours (12 at most without payment), and its disk is lost with it",
+        "mount Drive and train with --output /content/drive/MyDrive/runs/NAME; after a disconnect: "
+        "lite-trgrpo train --resume /content/drive/MyDrive/runs/NAME",
+    ),
+    "KAGGLE_KERNEL_RUN_TYPE": Problem(
+        "Kaggle: the session ends after 12 hours at most, and only /kaggle/working of a saved version is kept",
+        "train with --output /kaggle/working/NAME --max-hours 11; in the next session copy that folder back, then: "
+        "lite-trgrpo train --resume /kaggle/working/NAME",
+    ),
+}
+
+
 def machine(config: Config | None) -> dict[str, Any]:
     """This machine; with options also what they lack here. Nothing is fetched and no weight is loaded.
 
@@ -56,6 +71,7 @@ def machine(config: Config | None) -> dict[str, Any]:
     """
     card = _card()
     problems = [*_conflicts(), *_of_card(card), *([] if config is None else _of_options(config, card)), *_of_disk()]
+    problems += [problem for variable, problem in LENT.items() if variable in os.environ]
     name, why = choose(Model(name="any") if config is None else config.model)
     return {
         "system": {
@@ -157,6 +173,11 @@ def _free(folder: Path) -> int:
 # -- what stands in the way ---------------------------------------------------------------------------------
 
 
+def card_problems() -> list[Problem]:
+    """What keeps torch from using this machine's card; empty where it can, and where there is none."""
+    return list(_of_card(_card()))
+
+
 def _conflicts() -> Iterator[Problem]:
     """Problems that `pip check` finds with our packages, and two packages that exclude each other."""
     words = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]
@@ -185,6 +206,10 @@ def _of_card(card: Mapping[str, Any] | None) -> Iterator[Problem]:
             f"update the driver to one for CUDA {torch.version.cuda}, or {INSTALL_TORCH}",
         )
     else:
+        if torch.version.hip is not None:
+            yield Problem(
+                f"{here} drives it through ROCm {torch.version.hip}: untested", "try a run with --steps 3 first"
+            )
         try:
             torch.zeros(1, device="cuda") + 1
         except RuntimeError as error:  # torch's own words, e.g. that it has no kernels for this card

@@ -20,11 +20,11 @@ CARD_OVERHEAD = 600 * 2**20  # a CUDA context and what its libraries keep; an as
 DESKTOP = 512 * 2**20  # left for what else the card shows
 
 
-def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Config | None]:
+def check_memory(config: Config, vram: int | None, fit: bool = True) -> tuple[dict[str, Any], Config | None]:
     """Compare the memory that the run will take with what there is (bytes), and find options that fit if these do not.
 
     vram: of a card to plan for; None: this machine's card, or its memory. Prompts are taken as long as
-    `data.max_prompt_tokens` allows.
+    `data.max_prompt_tokens` allows. fit: look for options that fit, which takes several plans.
     Raises PlanError where the model cannot be run without data, and ModelError for a base whose prompts have no format.
 
     -> {"parts", "peak", "available", "slots", "path", "fits", "changes" (None: nothing helps)}
@@ -58,11 +58,11 @@ def check_memory(config: Config, vram: int | None) -> tuple[dict[str, Any], Conf
         "fits": found.peak + overhead <= available,
         "changes": [],
     }
-    if result["fits"]:
+    if result["fits"] or not fit:
         return result, given
-    fit = fitting(config, shape, dtype, longest, available - overhead)
-    result["changes"] = None if fit is None else fit[1]
-    return result, None if fit is None else fit[0]
+    fitted = fitting(config, shape, dtype, longest, available - overhead)
+    result["changes"] = None if fitted is None else fitted[1]
+    return result, None if fitted is None else fitted[0]
 
 
 def _with_cache(config: Config, found: Plan, room: int) -> Config:

@@ -15,7 +15,7 @@ from lite_trgrpo.config import loading
 from lite_trgrpo.config.schema import SECTIONS, Config, Data, Eval
 from lite_trgrpo.data import sources
 from lite_trgrpo.data.examples import flat, read_examples
-from lite_trgrpo.errors import DataError, HubError
+from lite_trgrpo.errors import DataError
 from lite_trgrpo.model.hf import template_at_hand
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import BUILTINS, gold
@@ -79,7 +79,7 @@ def propose(source: str, vram: int | None) -> Proposal:
             settings["rollout"]["max_new_tokens"] = max(8, letters)
         held = settings.setdefault("eval", {}).get("rows", Eval().rows)
         settings["eval"]["rows"] = min(held, max(1, len(rows) // 5))
-        if name == "demo" or _fits(name, settings, vram, card or 0):
+        if name == "demo" or _fits(settings, vram):
             break
     reasons = {
         "data.prompt": f"guessed from the columns {', '.join(rows[0])}",
@@ -234,13 +234,9 @@ def _card(vram: int | None) -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _fits(preset: str, settings: Mapping[str, Mapping[str, Any]], vram: int | None, card: int) -> bool:
-    """Whether a preset fits: by its memory plan; by the card it names where the shape of its base cannot be fetched."""
-    try:
-        return bool(memory.check_memory(loading.validate(_plain(settings)), vram)[0]["fits"])
-    except HubError:
-        named = re.search(r"(\d+) GB", loading.head_comment(loading.preset_path(preset))["card"])
-        return named is not None and int(named[1]) * 2**30 <= card * 1.05  # an "8 GB" card shows 7.8
+def _fits(settings: Mapping[str, Mapping[str, Any]], vram: int | None) -> bool:
+    """Whether these options fit, by their memory plan."""
+    return bool(memory.check_memory(loading.validate(_plain(settings)), vram, fit=False)[0]["fits"])
 
 
 # -- the file ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from lite_trgrpo.training.stopping import Stopped
 app = typer.Typer(
     name="lite-trgrpo",
     help="Teach a small language model to reason on one GPU: TR-GRPO with LoRA on a 4-bit base.",
-    epilog="Start with: lite-trgrpo train --preset demo",
+    epilog="Start with: lite-trgrpo demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,6 +67,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def show_messages() -> None:
     """Let what the library logs appear on the terminal, once however many commands run in this process."""
     library = logging.getLogger("lite_trgrpo")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what one library tells another helps nobody here
     if not library.handlers:
         from lite_trgrpo.terminal.screen import Messages
 

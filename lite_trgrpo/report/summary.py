@@ -18,6 +18,7 @@ def of_run(story: Story, answer: Answer | None) -> dict[str, Any]:
     """The variables of run.html.j2, but for `figures`."""
     return {
         "title": story.name,
+        "unfinished": len(story.metrics) < story.settings["train"]["steps"],
         "facts": _facts(story),
         **_scores(story),
         "comparisons": list(_comparisons(story)) if len(story.evaluations) > 1 else [],

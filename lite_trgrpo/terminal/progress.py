@@ -1,7 +1,6 @@
 """Show a run: a live panel on a terminal, a line per step, or JSON lines for a script."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
@@ -22,9 +21,6 @@ Line = Mapping[str, Any]
 
 def introduce(config: Config, device: torch.device, weights: int, prompts: Line, first: Prompt, folder: str) -> None:
     """Print what is about to be trained on what, and one prompt as the model reads it."""
-    if device.type == "cpu" and config.model.device == "auto" and shutil.which("nvidia-smi"):
-        say("warning: this torch cannot use the NVIDIA card, so the CPU is used. Install a CUDA build "
-            "(pytorch.org/get-started), or type --set model.device=cpu to silence this")  # fmt: skip
     say(
         f"{config.model.name} on {device}, {weights:,} trainable weights; {prompts['training']} prompts, "
         f"{prompts['heldout']} held out, {prompts['too_long']} too long and left out\nrun folder {folder}\n"

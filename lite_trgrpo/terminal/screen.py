@@ -100,7 +100,7 @@ def _estimate(value: Mapping[str, float]) -> str:
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int = 6) -> Iterator[Table]:
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any], samples: int = 3) -> Iterator[Table]:
     """Before and after, as tables: the scores, then the same held-out prompts side by side."""
     scores = Table(title="held-out score (95 % interval)", title_justify="left")
     for column in ("", "before", "after"):
