@@ -40,7 +40,7 @@ def scoring_of(config: Config) -> rewards.Sandbox:
     return rewards.Sandbox(
         functions, options, config.rewards.truncated_max_zero,
         seconds=config.rewards.seconds, memory=memory_bytes(config.rewards.memory),
-        on_failure=config.rewards.on_failure,
+        on_failure=config.rewards.on_failure, pass_env=config.rewards.pass_env,
         tell=logger.warning,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 from lite_trgrpo.config import loading
 from lite_trgrpo.errors import MissingPackageError, RewardError
 from lite_trgrpo.records import Completion, Example, Group, Prompt
-from lite_trgrpo.rewards import BUILTINS, Reward, gym, load, score
+from lite_trgrpo.rewards import BUILTINS, Reward, Sandbox, gym, load, score
 
 ROOT = Path(__file__).parent.parent
 
@@ -362,6 +362,8 @@ def test_reasoning_gym_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OWN = """
 from __future__ import annotations
+import asyncio
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 @dataclass
@@ -378,7 +380,21 @@ def strict(completions):
     return [1.0 for _ in completions]
 
 async def later(completions):
-    return [1.0]
+    await asyncio.sleep(0)
+    return [1.0 for _ in completions]
+
+class Judge:
+    def __call__(self, completions, **columns):
+        return [2.0 for _ in completions]
+
+judge = Judge()
+
+def double(x):
+    return 2.0 * x
+
+def pooled(completions, **columns):
+    with ProcessPoolExecutor(1) as pool:
+        return list(pool.map(double, [len(text) for text in completions]))
 
 constant = 3
 """
@@ -400,6 +416,27 @@ def test_a_function_out_of_a_file(own: str) -> None:
     assert scored.rewards == (8.0, 2.0)  # 2 * 3.5 + 1, 2 * 0.5 + 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("later", 1.0), ("judge", 2.0), ("pooled", 6.0)])
+def test_functions_as_people_write_them(own: str, name: str, value: float) -> None:
+    """Awaited where they are `async`; an object that can be called; with processes that find them by name again."""
+    file = Path(own).rename(Path(own).with_name(f"as_people_write_{name}.py"))  # no other test has loaded it
+    with Sandbox({f"{file}:{name}": 1.0}, {}, seconds=20, memory=2**30) as scorer:
+        (scored,) = scorer.score([group(["abc"])])
+    assert scored.rewards == (value,)
+
+
+def test_a_reward_file_imports_its_neighbours_and_hides_no_library(tmp_path: Path) -> None:
+    (tmp_path / "helper_mod.py").write_text("def same(a, b):\n    return a.strip() == b.strip()\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError\n")  # never imported: the folder comes last
+    (tmp_path / "uses.py").write_text(
+        "import json\nfrom helper_mod import same\n"
+        "def reward(completions, answer, **_):\n    return [float(same(*pair)) for pair in zip(completions, answer)]\n"
+    )
+    with Sandbox({f"{tmp_path / 'uses.py'}:reward": 1.0}, {}, seconds=20, memory=2**30) as scorer:
+        (scored,) = scorer.score([group([" 4"], answer="4")])
+    assert scored.rewards == (1.0,)
+
+
 def failing(name: str, options: dict[str, Any] | None = None) -> str:
     with pytest.raises(RewardError) as caught:
         load({name: 1.0}, {name: options or {}})
@@ -419,7 +456,7 @@ def test_unknown_names_say_what_there_is(own: str, tmp_path: Path) -> None:
     message = failing(own)
     assert f"{own}:" in message and "length, strict" in message
     assert "'constant'" in failing(f"{own}:constant")
-    assert "async def" in failing(f"{own}:later")
+    assert "is a class" in failing(f"{own}:Judge") and "Judge()" in failing(f"{own}:Judge")
     assert "pyproject.toml" in failing(f"{ROOT}/pyproject.toml:x")
 
 

@@ -25,6 +25,8 @@ from lite_trgrpo.rewards import BUILTINS, Sandbox, failure_counts, load, score, 
 from lite_trgrpo.rewards.process import environment
 from tests.test_rewards import group
 
+posix = pytest.mark.skipif(sys.platform == "win32", reason="forks, sessions and signals")
+
 # What each of these functions does stands in the answer
 OWN = """
 import os, signal, subprocess, sys, threading, time
@@ -58,6 +60,22 @@ def accident(text):
         return 1.0
     if text == "child":
         return float(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid)
+    if text == "session":
+        words = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        return float(subprocess.Popen(words, start_new_session=True).pid)
+    if text == "daemon":
+        script = "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid(); print(os.getpid(), flush=True)\\n"
+        words = [sys.executable, "-c", script + "os.close(1); time.sleep(1000)"]
+        return float(subprocess.run(words, stdout=subprocess.PIPE).stdout)
+    if text == "fork":
+        return 2.0 if os.fork() == 0 else (time.sleep(0.3), 1.0)[1]
+    if text == "forge":
+        for descriptor in range(3, 12):
+            try:
+                os.write(descriptor, b'{"values": [7]}\\n')
+            except OSError:
+                pass
+        time.sleep(0.3)
     if text == "thread":
         threading.Thread(target=time.sleep, args=(1000,)).start()
 
@@ -294,24 +312,28 @@ def test_what_is_no_reward_ends_the_run_whatever_the_policy(own: str, returned: 
 SECRET = {
     "HF_TOKEN": "hf_x", "HUGGING_FACE_HUB_TOKEN": "x", "WANDB_API_KEY": "x", "WANDB_PROJECT": "x", "my_secret": "x",
     "AWS_PROFILE": "x", "OPENAI_KEY": "x", "GITHUB_PAT": "x", "PGPASSWORD": "x", "SSH_AUTH_SOCK": "x", "APIKEYS": "x",
-    "GOOGLE_APPLICATION_CREDENTIALS": "x", "HTTPS_PROXY": "http://me:word@proxy:80", "KEY": "x",
+    "GOOGLE_APPLICATION_CREDENTIALS": "x", "HTTPS_PROXY": "http://me:word@proxy:80", "KEY": "x", "MY_PWD": "x",
+    "SSHPASS": "x", "JWT": "x", "BEARER": "x", "COOKIES": "x", "PRIVATEKEY": "x", "HOOK": "https://hooks/T0/x",
+    "SENTRY_DSN": "https://token@host/1", "PLANTED": "x",
 }  # fmt: skip
-HARMLESS = {
-    "PATH": "/bin", "HOME": "/", "HF_HOME": "x", "TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "us", "LANG": "C",
-    "HTTP_PROXY": "http://proxy:80", "PYTHONPATH": "x", "OMP_NUM_THREADS": "1", "MONKEY_BARS": "x",
+PASSED = {
+    "PATH": "/bin", "HOME": "/", "HF_HOME": "x", "TOKENIZERS_PARALLELISM": "false", "LANG": "C", "LC_ALL": "C",
+    "OMP_NUM_THREADS": "1", "Path": "x", "SystemRoot": "x",
 }  # fmt: skip
 
 
-def test_which_variables_are_credentials() -> None:
-    assert environment(SECRET | HARMLESS) == HARMLESS | {"CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
+def test_the_environment_is_what_is_needed_and_what_the_person_names() -> None:
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
+    assert environment(SECRET | PASSED) == PASSED | fixed
+    assert environment(SECRET | PASSED, ["JWT"]) == PASSED | fixed | {"JWT": "x"}
 
 
 def test_a_reward_function_sees_no_credential_and_no_card(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    for name, value in (SECRET | {"PLANTED": "seen"}).items():
+    for name, value in (SECRET | {"JUDGE_URL": "seen"}).items():
         monkeypatch.setenv(name, value)
-    with Sandbox({f"{own}:sees": 1.0}, {}, seconds=5, memory=GB) as scorer:
-        (scored,) = scorer.score([group([*SECRET, "PLANTED"])])
+    with Sandbox({f"{own}:sees": 1.0}, {}, seconds=5, memory=GB, pass_env=["JUDGE_URL"]) as scorer:
+        (scored,) = scorer.score([group([*SECRET, "JUDGE_URL"])])
     assert scored.rewards == (0.0,) * len(SECRET) + (1.0,)
     assert environment(os.environ)["CUDA_VISIBLE_DEVICES"] == ""
 
@@ -327,9 +349,22 @@ def wait_until(condition: Any, seconds: float = 20) -> bool:
     return condition()
 
 
-def test_what_a_function_started_ends_with_its_worker(own: str) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize("text", ["fork", "forge"])
+def test_a_forked_child_or_a_forged_reply_shifts_no_reward_to_another_group(own: str, text: str) -> None:
+    """A child that comes back from the function, or a line that a function writes into the pipe itself."""
+    scored, _ = outcome(f"{own}:accidents", [text], seconds=20)
+    assert scored.rewards == ((1.0,) if text == "fork" else pytest.approx((math.nan,), nan_ok=True))
     with sandbox(f"{own}:accidents", seconds=20) as scorer:
-        (scored,) = scorer.score([group(["child", "thread"])])
+        groups = scorer.score([group(["ab"]), group([text]), group(["abc"]), group(["abcd"])])
+    assert [groups[i].rewards for i in (0, 2, 3)] == [(2.0,), (3.0,), (4.0,)]
+
+
+@pytest.mark.parametrize("text", ["child", pytest.param("session", marks=posix), pytest.param("daemon", marks=posix)])
+def test_what_a_function_started_ends_with_its_worker(own: str, text: str) -> None:
+    """Also in a session of its own, and after the process that started it has gone."""
+    with sandbox(f"{own}:accidents", seconds=20) as scorer:
+        (scored,) = scorer.score([group([text, "thread"])])
         assert alive(int(scored.rewards[0]))
     assert wait_until(lambda: not alive(int(scored.rewards[0])))
 
@@ -343,24 +378,24 @@ def test_closing_does_not_wait_for_a_hang(own: str) -> None:
     assert time.monotonic() - started < 5 and not worker.is_running() and waiting[1].cancelled()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize("text", ["fine", "hang", pytest.param("compute", marks=pytest.mark.slow)])
+@posix
+@pytest.mark.parametrize("text", ["fine", "hang", "session", pytest.param("compute", marks=pytest.mark.slow)])
 def test_the_worker_dies_with_its_parent(own: str, text: str) -> None:
     """Also when the parent had no time to say so, and when the function lets no thread run (until its deadline)."""
     script = (
         "import sys; from lite_trgrpo.rewards import Sandbox; from tests.test_rewards import group\n"
         f"scorer = Sandbox({{'{own}:accidents': 1.0}}, {{}}, seconds=2, memory={GB})\n"
         f"ticket = scorer.start(group(['{text}']))\n"
-        f"{'ticket.result()' if text == 'fine' else ''}\n"
-        "print(scorer._process._process.pid, flush=True); input()"
+        f"started = {'ticket.result().rewards[0]' if text in ('fine', 'session') else 0}\n"
+        "print(scorer._process._process.pid, int(started), flush=True); input()"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert parent.stdout and parent.stdin
     with parent, parent.stdin, parent.stdout:
-        worker = int(parent.stdout.readline())
-        assert alive(worker)
+        worker, started = map(int, parent.stdout.readline().split())
+        assert alive(worker) and (text != "session" or alive(started))
         os.kill(parent.pid, signal.SIGKILL)
-    assert wait_until(lambda: not alive(worker))
+    assert wait_until(lambda: not alive(worker) and not (text == "session" and alive(started)))
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_worker(own: str) -> None:

@@ -134,6 +134,9 @@ class Rewards(Section):
     solved_at: float = Field(1.0, description="Lowest value of that function at which an answer counts as solved")
     seconds: float = Field(5.0, gt=0, description="Time limit of a function for one answer (seconds)")
     memory: str = Field("4GB", description="Memory limit of the reward process, e.g. 512MB (Linux only)")
+    pass_env: list[str] = Field(
+        [], description='Environment variables that reward functions may see, e.g. ["JUDGE_URL"]; others are withheld'
+    )
     on_failure: str | float = Field(
         "skip",
         description="If a function times out, crashes or raises: skip (treat the answer as not gradable), fail (stop "

@@ -88,8 +88,14 @@ def export(run: Run, config: Config, wanted: Wanted, say: Callable[[str], None])
         _write_forms(run, config, located, wanted, part, say)
     except OSError as error:
         raise ExportError(f"cannot write into {part}: {error.strerror}; make room, or change its rights") from None
+    except KeyboardInterrupt:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     try:
         report = check(run, config, state, located, part, wanted, say)
+    except KeyboardInterrupt:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     except ExportError as error:
         raise ExportError(f"{error}. Nothing was exported; what failed is in {part}") from None
     if not wanted.merged:  # it was the way to the GGUF

@@ -9,10 +9,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lite_trgrpo.config.loading import validate
 from lite_trgrpo.config.schema import Config
@@ -103,7 +107,15 @@ def _policy(config: Config, gguf: Path | None) -> Any:
     return hf.load(model, seed=config.train.seed)
 
 
+def _end_with(parent: psutil.Process) -> None:
+    """The export may be killed: nobody would read the answers."""
+    while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.5)
+    os._exit(FAILED)
+
+
 def main(path: str) -> None:
+    threading.Thread(target=_end_with, args=(psutil.Process(os.getppid()),), daemon=True).start()
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         found = answer(validate(request["config"]), request["gguf"] and Path(request["gguf"]), request["tokens"])

@@ -119,7 +119,10 @@ def _import(path: Path) -> ModuleType:
         raise RewardError(
             f"reward file {path} does not exist.{near} Its path starts at the folder the command runs in: {Path.cwd()}"
         )
-    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
+    name = _module_name(path.resolve())
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # last, so that no file there hides a library; its neighbours can be imported
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RewardError(f"reward file {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
@@ -134,10 +137,18 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
+def _module_name(path: Path) -> str:
+    """The file's plain name, under which pickle and multiprocessing look for it, unless another module is called so."""
+    if not path.stem.isidentifier() or path.stem in sys.modules:
+        return str(path)
+    found = importlib.util.find_spec(path.stem)
+    return path.stem if found is None or found.origin == str(path) else str(path)
+
+
 def _check_function(name: str, function: RewardFunction, given: dict[str, Any]) -> None:
-    """It must be a plain function whose signature has the options it was given."""
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"reward '{name}' is `async def`; write a plain `def` that returns a list of numbers")
+    """It must be a function whose signature has the options it was given."""
+    if inspect.isclass(function):
+        raise RewardError(f"reward '{name}' is a class; name an instance of it: write `judge = Judge()` and name that")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from lite_trgrpo.rewards.worker import OUT_OF_MEMORY
+from lite_trgrpo.rewards.worker import OUT_OF_MEMORY, kill_descendants
 
 # The worker finds the modules that this process finds. `-m` would look into the current folder first, and `PYTHONPATH`
 # would reach the programs that a reward function starts.
@@ -20,27 +20,24 @@ _NEW_GROUP = 0
 if sys.platform == "win32":
     _NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 
-_CREDENTIAL = re.compile(
-    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|APIKEY"
-    r"|(^|_)(KEYS?|AUTH|PASS|PAT|COOKIE)(_|$)"
-    r"|^(AWS|AZURE|WANDB)_",
+# Variables that Python, its libraries and the system need to work: where things lie, language, threads. Proxies are not
+# among them, since their URLs may hold passwords.
+_PASSED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|TMPDIR|TEMP|TMP|XDG_\w+_HOME|LITE_TRGRPO_CACHE"
+    r"|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH|DYLD_\w+|SSL_CERT_(FILE|DIR)|CUDA_(HOME|PATH)|MPLCONFIGDIR|NLTK_DATA"
+    r"|(OMP|MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|TOKENIZERS_PARALLELISM"
+    r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE)|TRANSFORMERS_OFFLINE"
+    r"|SYSTEMROOT|SYSTEMDRIVE|WINDIR|COMSPEC|PATHEXT|APPDATA|LOCALAPPDATA|PROGRAMDATA|PROGRAMFILES\S*|USERPROFILE"
+    r"|NUMBER_OF_PROCESSORS|PROCESSOR_\w+",
     re.IGNORECASE,
 )
-_URL_WITH_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]+@")
 
 
-def environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """The worker's environment variables: ours without credentials, and no card to be seen.
-
-    A credential is a variable whose name contains TOKEN (but not TOKENIZ), SECRET, PASSWORD, PASSWD, PASSPHRASE,
-    CREDENTIAL or APIKEY, has KEY, KEYS, AUTH, PASS, PAT or COOKIE between its underscores, or begins with AWS_, AZURE_
-    or WANDB_; or whose value is a URL with a password in it.
+def environment(ours: Mapping[str, str], passed: Sequence[str] = ()) -> dict[str, str]:
+    """The worker's environment variables: those of ours in a list of harmless ones, and those that the person names in
+    `rewards.pass_env`; no card is to be seen.
     """
-    kept = {
-        name: value
-        for name, value in ours.items()
-        if not _CREDENTIAL.search(name) and not _URL_WITH_PASSWORD.search(value)
-    }
+    kept = {name: value for name, value in ours.items() if _PASSED.fullmatch(name) or name in passed}
     # Sets of text keep their order from one worker to the next, so that the same answer gets the same reward
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
 
@@ -59,12 +56,12 @@ class Process:
     Raises OSError when the system starts no more processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passed: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(os.environ),
+            env=environment(os.environ, passed),
             # A Ctrl-C in the terminal is for us, and what a reward function starts can be killed together with it
             start_new_session=True,
             creationflags=_NEW_GROUP,
@@ -93,6 +90,7 @@ class Process:
     def kill(self) -> int:
         """End it and whatever it started; -> its exit status, negative for a signal."""
         if self._process.returncode is None:
+            kill_descendants(self._process.pid)
             with suppress(ProcessLookupError, PermissionError):  # it has gone already; macOS says it the second way
                 if sys.platform == "win32":
                     self._process.kill()

@@ -48,6 +48,7 @@ class Sandbox:
     memory: of the worker (bytes); `memory_limited` says whether this system keeps to it
     on_failure: what happens to an answer that a function does not get through, be it time-out, crash or exception.
         "skip": it counts as not gradable, "fail": RewardError, a number: the function's value for it
+    pass_env: environment variables that reach the functions besides those that Python and its libraries need
     tell: is given a line for a person, once for each function and kind of failure
 
     Raises what `load` raises, from the constructor. Groups are scored one after the other, in the order they come.
@@ -62,6 +63,7 @@ class Sandbox:
         seconds: float,
         memory: int,
         on_failure: str | float = "skip",
+        pass_env: Sequence[str] = (),
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.memory_limited = False
@@ -78,6 +80,8 @@ class Sandbox:
         )
         self._seconds = seconds
         self._on_failure = on_failure
+        self._pass_env = pass_env
+        self._sent = 0
         self._tell = tell
         self._reported: set[tuple[str, str]] = set()
         self._slow: set[str] = set()
@@ -193,12 +197,14 @@ class Sandbox:
         while len(found) < len(calls):
             process = self._process or self._renew()
             left = list(zip(calls, seconds, strict=True))[len(found) :]
+            first = self._sent
             try:
                 for call, limit in left:
                     message = {"reward": self._numbers[call.name], "group": _message(call), "seconds": limit}
-                    process.send(serialization.dumps(message))
-                for _, limit in left:
-                    found.append(_read(serialization.loads(process.receive(limit))))
+                    process.send(serialization.dumps({**message, "call": self._sent}))
+                    self._sent += 1
+                for number, (_, limit) in enumerate(left, first):
+                    found.append(_read(_reply(process, limit, number)))
             except DiedError as died:  # with it the calls after this one; they are sent to the next worker
                 self._process = None
                 found.append(Failure(died.kind, str(died)))
@@ -213,7 +219,7 @@ class Sandbox:
         if self._closed:
             raise RewardError("the process of the rewards has been closed")
         try:
-            self._process = process = Process()
+            self._process = process = Process(self._pass_env)
             process.send(self._setup)
             reply = serialization.loads(process.receive(LOADING_SECONDS))
         except OSError as error:
@@ -225,6 +231,21 @@ class Sandbox:
             raise _refusal(reply)
         self.memory_limited = reply["memory_limited"]
         return process
+
+
+def _reply(process: Process, limit: float, number: int) -> dict[str, Any]:
+    """The reply to call `number`. Anything else on the pipe was written by a function, or by a process that it forked:
+    then no later line of it can be trusted either.
+    """
+    line = process.receive(limit)
+    try:
+        reply = serialization.loads(line)
+        if reply["call"] == number:
+            return dict(reply)
+    except (ValueError, TypeError, KeyError):
+        pass
+    process.kill()
+    raise DiedError("crash", f"wrote {line[:40]!r} of its own into the pipe for the values")
 
 
 def _message(call: Call) -> dict[str, Any]:

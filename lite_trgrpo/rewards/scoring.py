@@ -1,9 +1,10 @@
 """Calls the reward functions and refuses every value that is no reward."""
 
+import asyncio
 import inspect
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Awaitable, Collection, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
@@ -82,6 +83,8 @@ def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
     arguments = _arguments(reward, groups)
     try:
         returned = reward.function(**arguments)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run(_awaited(returned))
     except LiteError:  # a built-in's own message, already written for a person
         raise
     except Exception as error:
@@ -102,6 +105,10 @@ def values(reward: Reward, groups: Sequence[Group]) -> list[float]:
         value if completion.stopped or math.isnan(value) else min(value, 0.0)
         for value, (_, completion) in zip(found, samples, strict=True)
     ]
+
+
+async def _awaited(returned: Awaitable[Any]) -> Any:
+    return await returned
 
 
 def _arguments(reward: Reward, groups: Sequence[Group]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ The first line holds what `load` and the limits need, each of the others a funct
 
     {"functions", "options", "truncated_max_zero", "memory"}
                                                      -> {"memory_limited": bool} or {"refused": [class, message]}
-    {"reward": number, "group": ..., "seconds": ...}  -> {"values": [number or null]}, {"raised": text} or refused
+    {"reward": number, "group": ..., "seconds": ..., "call": number}
+                                                     -> {"values": [number or null], "call"}, or "raised" or "refused"
 
-It ends with its parent, whose pipe then closes.
+It ends with its parent, whose pipe then closes, and with all that its functions started.
 """
 
 import faulthandler
@@ -18,7 +19,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO
+
+import psutil
 
 from lite_trgrpo.errors import LiteError
 from lite_trgrpo.records import Completion, Example, Group, Prompt
@@ -27,22 +31,27 @@ from lite_trgrpo.rewards.loading import Reward, load
 from lite_trgrpo.rewards.scoring import FunctionRaisedError, values
 
 OUT_OF_MEMORY = 77  # exit status
+PR_SET_CHILD_SUBREAPER = 36  # of prctl
 GRACE = 5.0  # seconds beyond a deadline after which a worker whose parent does not kill it ends itself
 
 
 def main() -> None:
     """Answer lines until the pipe closes."""
-    requests, replies = _take_pipes()
+    requests, replies, me = *_take_pipes(), os.getpid()
+    _adopt_orphans()
     threading.Thread(target=_end_with_parent, args=(requests,), daemon=True).start()
     rewards: list[Reward] = []
     try:
         for line in requests:
             message = serialization.loads(line)
             reply = _call(message, rewards) if "reward" in message else _load(message, rewards)
-            replies.write(serialization.dumps(reply))
+            if os.getpid() != me:  # a function forked, and its child came back here: the reply is the parent's to give
+                os._exit(0)
+            replies.write(serialization.dumps({**reply, "call": message.get("call")}))
             replies.flush()
     except MemoryError:  # whatever took it may still hold it: only a new process is as good as new
         os._exit(OUT_OF_MEMORY)
+    _end()
 
 
 def group_message(group: Group, members: Sequence[int]) -> dict[str, Any]:
@@ -128,7 +137,30 @@ def _end_with_parent(requests: BinaryIO) -> None:
         poll = select.poll()
         poll.register(requests, 0)
         poll.poll()
-        os.killpg(0, signal.SIGKILL)  # this process and those that a function started
+        _end()
+
+
+def _end() -> None:
+    """End this process with all that its functions started."""
+    kill_descendants(os.getpid())
+    if sys.platform != "win32":
+        os.killpg(0, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """On Linux: a process that a function left behind becomes a child of this one, so that it is found and ended."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_descendants(pid: int) -> None:
+    """Kill what a process started and what that started, in whatever session or group it is by now."""
+    with suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
 
 
 def _end_after(seconds: float | None) -> None:
