@@ -50,7 +50,7 @@ def has_states(config: Any) -> bool:
 
     try:
         return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config).layers)
-    except LookupError:  # a kind of layer that transformers' own cache does not know
+    except (LookupError, AttributeError):  # a kind of layer, or a config, that transformers' own cache does not know
         return False
 
 
