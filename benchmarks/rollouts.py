@@ -182,7 +182,7 @@ def hybrid_policy(folder: Path) -> TransformersPolicy:
 
 
 def locate(model: Model) -> Path:
-    return weights.locate(model.name, None, sha256=None, upstream=None, remote_code=False).folder
+    return weights.locate(model).folder
 
 
 def hybrid(cells: list[tuple[int, bool]]) -> None:

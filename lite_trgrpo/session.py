@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from lite_trgrpo.data.examples import load_examples
 from lite_trgrpo.errors import LiteError, PlanError, RunError, first_line
 from lite_trgrpo.evaluate import eval_sampling
 from lite_trgrpo.model import oom, select
+from lite_trgrpo.records import Example
+from lite_trgrpo.rewards import Scorer
 from lite_trgrpo.store import trackers
 from lite_trgrpo.store.lock import locked
 from lite_trgrpo.store.resuming import checkpoint_of, compare_facts
@@ -51,18 +54,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         examples, heldout_examples = load_examples(config.data, config.eval.rows)
         select.settle(config.model)
         if resume is None:
-            for problem in machine.card_problems() if config.model.device == "auto" else ():
-                logger.warning(f"{problem.what}. To change that: {problem.fix}")
-            if config.train.preflight:
-                for line in preflight.before_training(examples, heldout_examples, scoring, config):
-                    logger.info(line)
-            try:
-                planned, _ = memory.check_memory(config, None)
-                logger.info(f"memory: {screen.memory_line(planned)}")
-            except PlanError as error:
-                logger.info(f"memory: {error}")
-            if before := memory.past(config, output.parent):
-                logger.info(screen.past_line(before))
+            _look_ahead(config, examples, heldout_examples, scoring, output)
         policy = policy_of(config)
         training, too_long = encode(policy, examples, config.data.max_prompt_tokens)
         heldout, heldout_too_long = encode(policy, heldout_examples, config.data.max_prompt_tokens)
@@ -99,6 +91,27 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
             raise RunError(_unexpected(run, error)) from None
     logger.info(f"adapter in {run.adapter}, report in {run.folder / report.NAME}")
     return run
+
+
+def _look_ahead(
+    config: Config, examples: Sequence[Example], heldout: Sequence[Example], scoring: Scorer, output: Path
+) -> None:
+    """Say before a new run what is odd, what memory it takes, and how long the one before it took.
+
+    Raises RunError where nothing can be learned.
+    """
+    for problem in machine.card_problems() if config.model.device == "auto" else ():
+        logger.warning(f"{problem.what}. To change that: {problem.fix}")
+    if config.train.preflight:
+        for line in preflight.before_training(examples, heldout, scoring, config):
+            logger.info(line)
+    try:
+        planned, _ = memory.check_memory(config, None)
+        logger.info(f"memory: {screen.memory_line(planned)}")
+    except PlanError as error:
+        logger.info(f"memory: {error}")
+    if before := memory.past(config, output.parent):
+        logger.info(screen.past_line(before))
 
 
 def _unexpected(run: Run, error: Exception) -> str:

@@ -30,7 +30,7 @@ WANTED = export.Wanted()
 
 
 def located(config):
-    return locate(config.model.name, None, sha256=None, upstream=config.model.upstream, remote_code=False)
+    return locate(config.model)
 
 
 def silent(line: str) -> None:

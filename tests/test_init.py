@@ -133,7 +133,7 @@ def test_with_the_bases_tokenizer_at_hand_prompts_are_counted(monkeypatch):
     source = jsonl("x.jsonl", [{"prompt": "word " * 50, "answer": "4"}])
     guessed = proposal.propose(source, None)
     monkeypatch.delenv("LITE_TRGRPO_CACHE")
-    weights.locate(loading.load("demo").model.name, None, sha256=None, upstream=None, remote_code=False)
+    weights.locate(loading.load("demo").model)
     counted = proposal.propose(source, None)
     assert counted.reasons["data.max_prompt_tokens"] != guessed.reasons["data.max_prompt_tokens"]
 

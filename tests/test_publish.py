@@ -27,9 +27,7 @@ def checked(tmp_path_factory):
     run, config = finished_run(tmp_path_factory.mktemp("run"))
     folder = export.folder_of(run)
     folder.mkdir()
-    export.write_adapter(
-        run, export.locate(config.model.name, None, sha256=None, upstream=BASE, remote_code=False), folder
-    )
+    export.write_adapter(run, export.locate(config.model.model_copy(update={"upstream": BASE})), folder)
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
     scores = {"base": estimate, "pass@1": estimate, "gain": estimate}
     files = {path.name: sha256(path) for path in folder.iterdir()}

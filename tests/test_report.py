@@ -163,7 +163,7 @@ def test_more_runs_than_colours_are_all_drawn():
     [
         [],
         ["train.seed=3", "rollout.temperature=0.7", 'train.memory="6GB"'],
-        ["data.system='say \"yes\" or it''s no; $HOME'", 'model.prompt_format="Q: {prompt}\\nA:"'],
+        ["data.system='say \"yes\" or it''s no; $HOME'", 'model.prompt_format="{system} Q: {prompt}\\nA:"'],
         ['rewards.functions={ number = 1.0, "my file.py:f" = 0.5 }', 'model.lora_targets=["q_proj", "v_proj"]'],
         ["rollout.cache_mib=512", 'model.revision="abc"', 'rewards.on_failure="fail"'],
     ],

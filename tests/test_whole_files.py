@@ -190,7 +190,7 @@ def test_export_of_a_base_in_4_bits_refuses_a_merge_at_once(four_bits):
     config = config.changed("model", name=str(four_bits))
     with pytest.raises(export.ExportError, match="4 bits"):
         export.export(run, config, export.Wanted(merged=True), lambda line: None)
-    located = locate(str(four_bits), None, sha256=None, upstream=None, remote_code=False)
+    located = locate(Model(name=str(four_bits)))
     assert stored_quantization(located.folder) == "bitsandbytes, 4 bits"
 
 

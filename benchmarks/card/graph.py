@@ -48,6 +48,10 @@ class GraphedDecoder:
     def device(self) -> torch.device:
         return self.network.device
 
+    @property
+    def recurrent(self) -> bool:
+        return self.network.recurrent
+
     def logits(self, hidden: Tensor) -> Tensor:
         ready, self.ready = self.ready, None
         return self.network.logits(hidden) if ready is None else ready

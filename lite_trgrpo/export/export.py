@@ -71,10 +71,7 @@ def export(run: Run, config: Config, wanted: Wanted, say: Callable[[str], None])
     if not (run.adapter / WEIGHTS).is_file():
         raise ExportError(f"{run.folder} has no adapter yet; finish it with: lite-trgrpo train --resume {run.folder}")
     state = of_the_end(run)
-    located = locate(
-        config.model.name, config.model.revision, sha256=config.model.sha256, upstream=config.model.upstream,
-        remote_code=config.model.trust_remote_code,
-    )  # fmt: skip
+    located = locate(config.model)
     if (wanted.merged or wanted.gguf) and (stored := stored_quantization(located.folder)):
         raise ExportError(
             f"{config.model.name} is already quantised ({stored}), so it has no merged weights and no GGUF: export "

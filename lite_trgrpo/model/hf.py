@@ -49,10 +49,7 @@ def parts(options: Model, device: torch.device, seed: int) -> tuple[Any, Templat
 
 def tokenizer_of(options: Model) -> tuple[Located, Template]:
     """Find the base, and load the tokenizer beside it."""
-    located = locate(
-        options.name, options.revision,
-        sha256=options.sha256, upstream=options.upstream, remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    located = locate(options)
     return located, _template(located.folder, options)
 
 

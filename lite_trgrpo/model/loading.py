@@ -37,7 +37,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def load_config(options: Model) -> Any:
     """The base's transformers configuration, without its weights."""
-    folder = locate_config(options.name, options.revision, options.trust_remote_code)
+    folder = locate_config(options)
     return _read_config(folder, options)
 
 

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lite_trgrpo.config.loading import is_hub_id, presets_folder
+from lite_trgrpo.config.schema import Model
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import HubError, MissingPackageError, ModelError, first_line
 from lite_trgrpo.text import sha256 as sha256_of
@@ -41,24 +43,25 @@ class Located:
     """The commit that a Hub id resolved to."""
 
 
-def locate(name: str, revision: str | None, *, sha256: str | None, upstream: str | None, remote_code: bool) -> Located:
+def locate(options: Model) -> Located:
     """Find, fetch or convert the base model. Raises ModelError, HubError or MissingPackageError."""
+    name, upstream = options.name, options.upstream or options.name
     if (gguf := gguf_behind(name)) is not None:
-        return Located(_converted(gguf, sha256), upstream or name, None)
+        return Located(_converted(gguf, options.sha256), upstream, None)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model folder: it has no config.json")
-        return Located(path, upstream or name, None)
+        return Located(path, upstream, None)
     if not is_hub_id(name):
         raise ModelError(
             f"model.name {name!r} is not a folder here, a .gguf file, package:NAME/FILE.gguf, or a Hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct"
         )
-    folder = fetch(name, revision, FETCHED + (["*.py"] if remote_code else []))
+    folder = fetch(name, options.revision, FETCHED + (["*.py"] if options.trust_remote_code else []))
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{name} has no .safetensors file, and pickled ones are never read; take another model.name")
-    return Located(folder, upstream or name, folder.name)
+    return Located(folder, upstream, folder.name)
 
 
 def digests(located: Located) -> dict[str, str]:
@@ -98,17 +101,17 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def locate_config(name: str, revision: str | None, remote_code: bool) -> Path:
+def locate_config(options: Model) -> Path:
     """A folder with the base model's config.json; of a model on the Hub nothing else is fetched.
 
     The sizes of the presets' bases are shipped, so their memory can be planned without the Hub.
     """
-    if not is_hub_id(name):
-        return locate(name, revision, sha256=None, upstream=None, remote_code=remote_code).folder
-    shipped = presets_folder() / "models" / name.replace("/", "--")
-    if revision is None and shipped.is_dir():
+    if not is_hub_id(options.name):
+        return locate(options).folder
+    shipped = presets_folder() / "models" / options.name.replace("/", "--")
+    if options.revision is None and shipped.is_dir():
         return shipped
-    return fetch(name, revision, ["config.json"] + (["*.py"] if remote_code else []))
+    return fetch(options.name, options.revision, ["config.json"] + (["*.py"] if options.trust_remote_code else []))
 
 
 def at_hand(name: str, revision: str | None) -> Path | None:
@@ -130,7 +133,9 @@ def has_chat_template(name: str, revision: str | None) -> bool:
     if gguf is not None and folder is None:
         from gguf import GGUFReader
 
-        return "tokenizer.chat_template" in GGUFReader(gguf).fields
+        with suppress(Exception):  # what is wrong with a damaged file is said where it is converted
+            return "tokenizer.chat_template" in GGUFReader(gguf).fields
+        return True
     try:
         folder = folder or fetch(name, revision, ["tokenizer_config.json", "*.jinja"])
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
