@@ -20,13 +20,14 @@ from lite_trgrpo.evaluate import eval_sampling
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import Scorer
-from lite_trgrpo.store import trackers
+from lite_trgrpo.store import checkpoint, trackers
 from lite_trgrpo.store.lock import locked
 from lite_trgrpo.store.resuming import checkpoint_of, compare_facts
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.terminal import progress, screen
 from lite_trgrpo.terminal.panel import Panel
 from lite_trgrpo.terminal.progress import Show
+from lite_trgrpo.text import quoted
 from lite_trgrpo.training import loop
 from lite_trgrpo.training.stopping import Stop, Stopped
 
@@ -72,15 +73,18 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         if resume is None:
             weights = sum(p.numel() for p in policy.trainable().values())
             progress.introduce(config, policy.device, weights, facts["prompts"], training[0][1], str(run.folder))
+        if resume is not None:  # what a killed run wrote after its checkpoint, whole or torn, goes
+            state = {"logs": {}} if found is None else checkpoint.state_of(found)
+            run.cut_back(state["logs"], state.get("logs_sha256"))
         track = held.enter_context(trackers.tracked(config.train.track, run.folder, config.model_dump(), done))
-        panel = _panel(config, run, done if found else None, _limit(config, policy))
+        panel = _panel(config, run, _limit(config, policy))
         listener = held.enter_context(progress.watched(show, panel, track, lambda: _report(run)))
         try:
             with stop:
                 loop.train(config, policy, training, heldout, scoring, run, listener, stop, resume=found)
         except Stopped as stopped:
             on = (
-                f". Continue with: lite-trgrpo train --resume {_quoted(run)}"
+                f". Continue with: lite-trgrpo train --resume {quoted(run.folder)}"
                 if stopped.code != 1
                 else f" in {run.folder}"
             )
@@ -121,17 +125,15 @@ def _unexpected(run: Run, error: Exception) -> str:
         file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return (
         f"{type(error).__name__}: {first_line(error)}. The traceback is in {file}. Continue from the last checkpoint "
-        f"with: lite-trgrpo train --resume {_quoted(run)}"
+        f"with: lite-trgrpo train --resume {quoted(run.folder)}"
     )
 
 
-def _panel(config: Config, run: Run, done: int | None, limit: int) -> Panel:
-    """A panel that holds what an earlier part of the run did, up to the step `done` from which it continues."""
-    kept = -1 if done is None else done
+def _panel(config: Config, run: Run, limit: int) -> Panel:
+    """A panel that holds what an earlier part of the run did."""
     return Panel(
-        run.folder.name, config.train.steps, config.eval.every, config.rollout.max_new_tokens, limit,
-        [line for line in run.metrics() if line["step"] <= kept],
-        [line for line in run.evaluations() if line["step"] <= kept],
+        run.folder.name, config.train.steps, config.eval.every, config.rollout.max_new_tokens, limit, run.metrics(),
+        run.evaluations(),
     )  # fmt: skip
 
 
@@ -146,11 +148,6 @@ def _report(run: Run) -> None:
         report.write(run)
     except Exception as error:
         logger.warning(f"no report was written: {first_line(error)}")
-
-
-def _quoted(run: Run) -> str:
-    folder = str(run.folder)
-    return f'"{folder}"' if " " in folder else folder
 
 
 def evaluate(config: Config) -> dict[str, Any]:

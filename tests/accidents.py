@@ -239,6 +239,13 @@ def half_a_line_in_every_log(run: Path) -> None:
                 file.write('{"step": 9, "rew')
 
 
+def garbage_in_every_log(run: Path) -> None:
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        if (run / name).exists():
+            with (run / name).open("ab") as file:
+                file.write(b"\0\xff{]\n[1]\n")
+
+
 def flipped_bit(run: Path) -> None:
     path = max((run / "checkpoints").glob("step-*")) / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
@@ -259,6 +266,7 @@ def leftovers(run: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "half a line in every log": half_a_line_in_every_log,
+    "garbage behind what the checkpoint counts on": garbage_in_every_log,
     "a flipped bit in the newest checkpoint": flipped_bit,
     "no state.json in the newest checkpoint": lost_state,
     "leftovers of a killed save and a lock file": leftovers,

@@ -63,6 +63,34 @@ def test_after_damage_the_run_goes_on_as_if_nothing_had_been(name, undisturbed, 
     assert differences(run, undisturbed) == []
 
 
+@pytest.mark.parametrize("log", ["metrics.jsonl", "rollouts.jsonl", "eval.jsonl"])
+@pytest.mark.parametrize("how", ["NULs", "another value"])
+def test_a_log_that_was_changed_before_its_checkpoint_is_refused_and_named(how, log, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    content = (run / log).read_bytes()
+    changed = b"\0" * len(content) if how == "NULs" else content.replace(b"1", b"2", 1)
+    (run / log).write_bytes(changed)
+    refused = lite("train", "--resume", run, "--steps", 7)
+    assert refused.exit_code == 1 and log in refused.stderr and "--output" in refused.stderr
+    assert (run / log).read_bytes() == changed
+
+
+def test_a_lost_run_json_is_said_on_resume(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    resumed = lite("train", "--resume", tmp_path / "run", "--steps", 7)
+    assert resumed.exit_code == 0 and "run.json" in resumed.stderr
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"step": "x"}', '"text"', "[" * 100_000])
+def test_json_of_another_shape_in_a_log_is_one_line(line, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
+    refused = lite("report", tmp_path / "run")
+    assert refused.exit_code == 1 and "metrics.jsonl" in refused.stderr and "Traceback" not in refused.output
+
+
 @pytest.mark.slow
 @pytest.mark.night
 def test_memory_and_open_files_stay_level_over_three_hundred_steps(tiny_config, tmp_path, monkeypatch):

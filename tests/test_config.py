@@ -516,3 +516,18 @@ def test_a_config_with_a_byte_order_mark_is_read_and_a_deep_one_is_one_line(tmp_
     for name in ("deep.toml", "long.toml"):
         with pytest.raises(ConfigError, match=name):
             loading.read_toml(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["rewards.seconds=1e308", "rollout.temperature=1e-300", "rollout.max_new_tokens=10000000000", "train.steps=1e30",
+     "train.learning_rate=1e9", "rollout.group_size=100000", "train.steps=" + "9" * 5_000],
+    ids=lambda change: change[:40],
+)  # fmt: skip
+def test_numbers_beyond_sense_are_one_message_that_names_the_option(change):
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        loading.load("demo", overrides=[change])
+
+
+def test_a_value_that_no_parser_can_take_is_text():
+    assert loading.load("demo", overrides=["data.system=" + "[" * 9_000]).data.system == "[" * 9_000

@@ -269,6 +269,14 @@ def test_a_modelfile_has_the_models_template_stops_and_system_message(original):
     assert "<|im_start|>user\n{{ .Prompt }}<|im_end|>" in text
 
 
+def test_a_modelfile_holds_no_stop_that_is_no_token_and_no_text_that_ends_itself(original):
+    _, config = original
+    name = Path(config.model.name)
+    assert "None" not in gguf.modelfile("x.gguf", name, [1, 10**6], config.model, None)
+    with pytest.raises(ExportError, match=r"data\.system"):
+        gguf.modelfile("x.gguf", name, [1], config.model, 'Say """ no.')
+
+
 def test_a_system_message_that_the_template_adds_itself_is_in_the_modelfile(original, tmp_path):
     """SmolLM2 and Qwen2.5 do; Ollama's own ChatML does not, so the model would see another prompt than in training."""
     folder = shutil.copytree(original[1].model.name, tmp_path / "base")

@@ -5,8 +5,10 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from typer.testing import CliRunner
@@ -199,3 +201,23 @@ def test_a_base_in_4_bits_is_not_scored_a_second_time_as_unquantised(four_bits):
     run, config = finished_run(four_bits.parent / "r", name=str(four_bits), quantization="nf4")
     report = export.export(run, config, export.Wanted(), lambda line: None)
     assert report["forms"] == {} and "4 bits" in report["quantization"]
+
+
+def test_a_damaged_gguf_is_one_line_wherever_it_is_damaged(tmp_path, monkeypatch):
+    """Mutations of the header: lengths, types, offsets. Leftovers of a killed conversion are swept on the way."""
+    monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path / "cache"))
+    left = tmp_path / "cache" / "gguf" / "abcdef01-part-99999999-xyz"
+    left.mkdir(parents=True)
+    writer = GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = (tmp_path / "whole.gguf").read_bytes()
+    for place in range(0, 96, 4):
+        (tmp_path / "bad.gguf").write_bytes(content[:place] + b"\xff\xff\xff\x7f" + content[place + 4 :])
+        with pytest.raises(ModelError, match=r"bad\.gguf"):
+            locate(Model(name=str(tmp_path / "bad.gguf")))
+    assert not left.exists() and not list((tmp_path / "cache" / "gguf").glob("*-part-*"))

@@ -35,6 +35,7 @@ def export(
     from lite_trgrpo.export import hub
     from lite_trgrpo.export.export import Wanted
     from lite_trgrpo.terminal import screen
+    from lite_trgrpo.text import quoted
 
     wanted = Wanted(merge, gguf_type if gguf else None)
     if dry_run:
@@ -45,4 +46,4 @@ def export(
     report = hub.deliver(found, resolved, wanted, push, private, screen.say)
     screen.show([screen.export_table(report)])
     if push is None:
-        screen.say(f"next: lite-trgrpo export {run} --push USER/REPO --dry-run")
+        screen.say(f"next: lite-trgrpo export {quoted(run)} --push USER/REPO --dry-run")

@@ -79,6 +79,7 @@ def train(
     patience()
     from lite_trgrpo import session
     from lite_trgrpo.terminal import screen
+    from lite_trgrpo.text import quoted
 
     name = preset or (config.stem if config else "run")
     output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -87,7 +88,8 @@ def train(
     if len(evaluations) > 1 and not as_json:
         screen.show(screen.comparison(evaluations[0], evaluations[-1]))
         folder = run or output
-        screen.say(f"next: lite-trgrpo chat --adapter {folder / 'adapter'} --compare, or lite-trgrpo export {folder}")
+        adapter = quoted(folder / "adapter")
+        screen.say(f"next: lite-trgrpo chat --adapter {adapter} --compare, or lite-trgrpo export {quoted(folder)}")
 
 
 def _meant(stray: Path) -> str:

@@ -160,7 +160,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         return section, key, UNSET
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return section, key, value.strip()
 
 

@@ -132,7 +132,7 @@ class Rewards(Section):
         None, description="Function that decides whether an answer is solved; unset: the first of rewards.functions"
     )
     solved_at: float = Field(1.0, description="Lowest value of that function at which an answer counts as solved")
-    seconds: float = Field(5.0, gt=0, description="Time limit of a function for one answer (seconds)")
+    seconds: float = Field(5.0, gt=0, le=86_400, description="Time limit of a function for one answer (seconds)")
     memory: str = Field("4GB", description="Memory limit of the reward process, e.g. 512MB (Linux only)")
     pass_env: list[str] = Field(
         [], description='Environment variables that reward functions may see, e.g. ["JUDGE_URL"]; others are withheld'
@@ -188,16 +188,18 @@ class Rewards(Section):
 class Rollout(Section):
     """How answers are sampled."""
 
-    group_size: int = Field(8, description="Answers per prompt (the paper's G)")
-    max_new_tokens: int = Field(256, ge=1, description="Longest answer (tokens)")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature. Log-probabilities in the loss use it too")
+    group_size: int = Field(8, le=4096, description="Answers per prompt (the paper's G)")
+    max_new_tokens: int = Field(256, ge=1, le=1_000_000, description="Longest answer (tokens)")
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="Sampling temperature. Log-probabilities in the loss use it too"
+    )
     top_up_rounds: int = Field(
         0,
         ge=0,
         description="Times per step that groups whose answers all got the same reward are replaced by fresh prompts "
         "(DAPO: dynamic sampling); 0: off",
     )
-    max_rows: int = Field(128, ge=1, description="Most answers decoded at the same time")
+    max_rows: int = Field(128, ge=1, le=65_536, description="Most answers decoded at the same time")
     cache_mib: int | None = Field(
         None,
         ge=1,
@@ -299,10 +301,10 @@ class Objective(Section):
 class Train(Section):
     """The loop."""
 
-    steps: int = Field(200, ge=1, description="Number of steps; each samples, scores and updates once")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts per step")
-    updates_per_batch: int = Field(1, ge=1, description="Optimizer updates per batch of answers")
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW")
+    steps: int = Field(200, ge=1, le=10_000_000, description="Number of steps; each samples, scores and updates once")
+    prompts_per_step: int = Field(8, ge=1, le=65_536, description="Prompts per step")
+    updates_per_batch: int = Field(1, ge=1, le=1000, description="Optimizer updates per batch of answers")
+    learning_rate: float = Field(2e-5, gt=0, le=1, description="Peak learning rate of AdamW")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; 0: none")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
@@ -322,7 +324,9 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     checkpoint_every: int = Field(50, ge=0, description="Save a checkpoint every N steps (0: off)")
-    checkpoint_minutes: float = Field(10, ge=0, description="Also save a checkpoint every N minutes (0: off)")
+    checkpoint_minutes: float = Field(
+        10, ge=0, le=100_000, description="Also save a checkpoint every N minutes (0: off)"
+    )
     keep_checkpoints: int = Field(
         3, ge=1, description="Number of newest checkpoints to keep, besides the best and the last good one"
     )
@@ -351,7 +355,7 @@ class Eval(Section):
     rows: int = Field(
         200, ge=0, description="Number of held-out rows; if they are taken from the training source, at most half of it"
     )
-    samples: int = Field(4, ge=0, description="Sampled answers per row, for pass@k; 0: only the greedy answer")
+    samples: int = Field(4, ge=0, le=4096, description="Sampled answers per row, for pass@k; 0: only the greedy answer")
     max_new_tokens: int | None = Field(
         None, ge=1, description="Longest answer while evaluating (tokens); unset: rollout.max_new_tokens"
     )

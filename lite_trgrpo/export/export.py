@@ -21,7 +21,7 @@ from lite_trgrpo.model.weights import Located, gguf_behind, locate, stored_quant
 from lite_trgrpo.store import checkpoint
 from lite_trgrpo.store.resuming import changed_files, differences
 from lite_trgrpo.store.run import Run
-from lite_trgrpo.text import sha256
+from lite_trgrpo.text import quoted, sha256
 
 WEIGHTS = "adapter_model.safetensors"
 KEPT = 0.5  # share of the trained gain that a form must keep where the gain is certain
@@ -69,7 +69,9 @@ def export(run: Run, config: Config, wanted: Wanted, say: Callable[[str], None])
     if wanted.gguf:
         gguf.check(wanted.gguf)
     if not (run.adapter / WEIGHTS).is_file():
-        raise ExportError(f"{run.folder} has no adapter yet; finish it with: lite-trgrpo train --resume {run.folder}")
+        raise ExportError(
+            f"{run.folder} has no adapter yet; finish it with: lite-trgrpo train --resume {quoted(run.folder)}"
+        )
     state = of_the_end(run)
     located = locate(config.model)
     if (wanted.merged or wanted.gguf) and (stored := stored_quantization(located.folder)):
@@ -155,14 +157,14 @@ def of_the_end(run: Run) -> dict[str, Any]:
     if newest is not None and not (state["complete"] or "adapter" in state):
         raise ExportError(
             f"{run.folder} was cut off at step {state['step']}, later than its adapter; finish it with: "
-            f"lite-trgrpo train --resume {run.folder}"
+            f"lite-trgrpo train --resume {quoted(run.folder)}"
         )
     for name, digest in state.get("adapter", {}).items():
         path = run.adapter / name
         if not path.is_file() or sha256(path) != digest:
             raise ExportError(
                 f"{path} is not the file that the run wrote: {newest} records SHA-256 {digest:.16}... of it. Put it "
-                f"back, or train on from the checkpoint: lite-trgrpo train --resume {run.folder} --steps "
+                f"back, or train on from the checkpoint: lite-trgrpo train --resume {quoted(run.folder)} --steps "
                 f"{state['step'] + 1}"
             )
     return state

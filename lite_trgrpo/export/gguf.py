@@ -127,7 +127,9 @@ def modelfile(gguf: str, merged: Path, end_ids: Sequence[int], options: Any, sys
     template, default = _template(tokenizer, options)
     lines = [f"FROM ./{gguf}", "# as it was scored: the most likely token", "PARAMETER temperature 0"]
     stops = [tokenizer.convert_ids_to_tokens(i) for i in end_ids]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops if stop is not None]  # None: beyond the vocabulary
+    if '"""' in (system or ""):
+        raise ExportError('data.system holds """, which ends a text in a Modelfile: export without --gguf')
     if system or default:
         lines.append(f'SYSTEM """{system or default}"""')
     if template is None:

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lite_trgrpo.config.loading import is_hub_id, presets_folder
 from lite_trgrpo.config.schema import Model
 from lite_trgrpo.data.hub import cached, fetch
 from lite_trgrpo.errors import HubError, MissingPackageError, ModelError, first_line
+from lite_trgrpo.model.oom import ran_out
 from lite_trgrpo.text import sha256 as sha256_of
 
 logger = logging.getLogger(__name__)
@@ -244,7 +247,10 @@ def _cache_of(gguf: Path) -> tuple[Path, str]:
 def _part_folder(cache: Path, name: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{name[:8]}-part-"))
+        for left in cache.glob("*-part-*"):  # by a process that was killed
+            if not psutil.pid_exists(int(left.name.split("-")[2])):
+                shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=cache, prefix=f"{name[:8]}-part-{os.getpid()}-"))
     except OSError as error:
         raise ModelError(
             f"cannot write into {cache}: {error.strerror}; set LITE_TRGRPO_CACHE to another folder"
@@ -260,7 +266,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a damaged header: the libraries raise whatever they stumble over
+        if ran_out(error):
+            raise
         raise ModelError(f"transformers cannot read {gguf}: {first_line(error)}") from None
     must_be_whole(str(gguf), loaded)
     # The weights are plain now, but transformers still marks the model as quantised and refuses to save it.

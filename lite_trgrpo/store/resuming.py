@@ -108,6 +108,11 @@ def compare_facts(run: Run, facts: Mapping[str, Any]) -> None:
     other versions or another machine only cost the last bits.
     """
     before = run.facts()
+    if not before:
+        logger.warning(
+            f"{run.folder / 'run.json'} is missing or damaged, so nothing says whether data and base are those of "
+            "the start"
+        )
     if changed := changed_files(before, facts, "base"):
         raise RunError(
             f"the files of the base have changed since {run.folder} was started: {changed}. Put them back, or start "

@@ -1,5 +1,6 @@
 """The run folder: what a run leaves behind, and where a later one finds it."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from lite_trgrpo.config.schema import Config
 from lite_trgrpo.errors import RunError
 from lite_trgrpo.records import Completion, Group
 from lite_trgrpo.store.disk import AFTERWARDS, sync, write_whole
+from lite_trgrpo.text import quoted
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 
@@ -24,14 +26,15 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.adapter = folder / "adapter"
         self.best = folder / "best"
+        self._hashed: dict[str, tuple[int, Any]] = {}  # bytes of each log that were hashed, and the hash of them
 
     @classmethod
     def vacant(cls, folder: Path) -> "Run":
         """A run that is not there yet. A folder that already holds one is refused."""
         if (folder / "config.toml").exists():
             raise RunError(
-                f"{folder} already holds a run. Continue it with `lite-trgrpo train --resume {folder}`, or give "
-                "--output another folder"
+                f"{folder} already holds a run. Continue it with `lite-trgrpo train --resume {quoted(folder)}`, or "
+                "give --output another folder"
             )
         return cls(folder)
 
@@ -96,8 +99,26 @@ class Run:
                 raise RunError(f"cannot write {path}: {error.strerror}; {AFTERWARDS}") from None
         return found
 
-    def cut_back(self, offsets: Mapping[str, int]) -> None:
-        """Set the logs back to a checkpoint's `offsets`. Refused where a log has lost what the checkpoint counts on."""
+    def digests(self, offsets: Mapping[str, int]) -> dict[str, str]:
+        """SHA-256 of the first `offsets` bytes of each log. Only what was appended since the last call is read."""
+        found = {}
+        for name, end in offsets.items():
+            start, digest = self._hashed.get(name, (0, hashlib.sha256()))
+            if start > end:
+                start, digest = 0, hashlib.sha256()
+            with (self.folder / name).open("rb") as file:
+                file.seek(start)
+                while block := file.read(min(2**20, end - start)):
+                    digest.update(block)
+                    start += len(block)
+            self._hashed[name] = start, digest
+            found[name] = digest.hexdigest()
+        return found
+
+    def cut_back(self, offsets: Mapping[str, int], digests: Mapping[str, str] | None = None) -> None:
+        """Set the logs back to a checkpoint's `offsets`. Refused where a log has lost or changed what the checkpoint
+        counts on; `digests`: what `digests` gave for it then.
+        """
         for name in LOGS:
             path = self.folder / name
             size = path.stat().st_size if path.exists() else 0
@@ -106,6 +127,12 @@ class Run:
                     f"{path} has {size} bytes, but its checkpoint was made with {offsets[name]}: it was cut or "
                     "replaced. Put it back, or start again with another --output"
                 )
+        found = self.digests(offsets) if digests else {}
+        if changed := [name for name in found if found[name] != (digests or {})[name]]:
+            raise RunError(
+                f"{self.folder / changed[0]} is not what it was at its checkpoint: its first {offsets[changed[0]]} "
+                "bytes have another SHA-256. Put it back, or start again with another --output"
+            )
         for name in LOGS:
             if (path := self.folder / name).exists():
                 try:
@@ -143,8 +170,11 @@ class Run:
         path = self.folder / name
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
-            return [json.loads(line) for line in text.split("\n")[:-1]]
-        except (OSError, ValueError) as error:
+            found = [json.loads(line) for line in text.split("\n")[:-1]]
+            if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in found):
+                raise ValueError("a line is no JSON object with a step")
+            return found
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"cannot read {path}: {error}. Put it back, or start again with another --output") from None
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -60,7 +60,7 @@ def train(
         run.cut_back({})  # what a run wrote that was killed before its first checkpoint
     else:
         state = checkpoint.load(resume, trainable, optimizer)
-        run.cut_back(state["logs"])
+        run.cut_back(state["logs"], state.get("logs_sha256"))
         job.step = job.saved = state["step"]
         limits.resume(state["limits"])
     job.history, job.evaluations = run.metrics(), run.evaluations()

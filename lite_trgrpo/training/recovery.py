@@ -18,7 +18,9 @@ def save_if_due(job: Job) -> None:
 
 def save(job: Job, *, complete: bool = False, **more: Any) -> None:
     """Write a checkpoint, with `more` in its state, and prune; `complete`: adapter and all scores are there."""
-    state = {"logs": job.run.offsets(), "complete": complete, "limits": job.limits.as_dict(), **more}
+    logs = job.run.offsets()
+    marks = {"logs": logs, "logs_sha256": job.run.digests(logs)}
+    state = {**marks, "complete": complete, "limits": job.limits.as_dict(), **more}
     checkpoint.save(job.run.checkpoints, job.step, job.trainable, job.optimizer, state)
     job.saved, job.saved_at = job.step, time.monotonic()
     best = max(job.evaluations, key=score_of, default=None)
