@@ -6,13 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lite_trgrpo.check.plan import LiveBytes
 from lite_trgrpo.config import loading

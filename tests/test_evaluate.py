@@ -130,10 +130,7 @@ class Scripted:
 
 
 HELDOUT = [(Example(f"q{i}", {"answer": gold}, f"t:{i}"), Prompt((i,), f"<q{i}>")) for i, gold in enumerate("abcd")]
-SCRIPT = Scripted(
-    ["a", "x", "c", "long..."],
-    [["a", "a", "x"], ["x", "b", "x"], ["x", "x", "x"], ["x", "x...", "x"]],
-)
+SCRIPT = Scripted(["a", "x", "c", "long..."], [["a", "a", "x"], ["x", "b", "x"], ["x", "x", "x"], ["x", "x...", "x"]])
 SAMPLING = Sampling(members=1, max_new_tokens=8, temperature=0.7, key=(3, 1))
 
 

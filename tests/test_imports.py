@@ -16,10 +16,7 @@ LAZY = {"transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "reasonin
 LAZY |= {"huggingface_hub", "matplotlib", "unsloth", "trackio", "jinja2"}
 SUBCLASSES = {"integrations/trl.py"}  # only those who use that library import it
 # libraries that pyproject.toml asks for by another name: that of their package, or of one that cannot do without them
-COMES_WITH = {
-    "pyarrow": "datasets",
-    "vllm": "unsloth",
-}  # vllm: by hand
+COMES_WITH = {"pyarrow": "datasets", "vllm": "unsloth"}  # vllm: by hand
 
 
 def imports(nodes) -> set[str]:

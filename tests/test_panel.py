@@ -310,8 +310,7 @@ print(panel.possible(), file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
-    [({}, "True"), ({"TERM": "dumb"}, "False"), ({"PYTHONIOENCODING": "ascii"}, "False")],
+    ("variables", "expected"), [({}, "True"), ({"TERM": "dumb"}, "False"), ({"PYTHONIOENCODING": "ascii"}, "False")]
 )
 def test_where_a_panel_can_be_drawn(variables, expected):
     assert on_a_terminal(POSSIBLE, (80, 24), **variables).strip() == expected

@@ -128,11 +128,7 @@ def test_an_answer_is_shown_token_by_token_with_probability_and_weight(run):
 
 
 def test_alerts_and_roll_backs_are_told_with_what_to_do(run):
-    thrown = {
-        "guards": {"update_kl": "critical"},
-        "update_kl": 9.0,
-        "rolled_back_to": 5,
-    }
+    thrown = {"guards": {"update_kl": "critical"}, "update_kl": 9.0, "rolled_back_to": 5}
     special = {7: ALERT, 8: ALERT, 9: thrown}
     change(run.folder / "metrics.jsonl", lambda line: line | special.get(line["step"], {}))
     page = Page(report.write(run))

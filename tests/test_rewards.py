@@ -206,12 +206,7 @@ def test_overlong_falls_over_the_buffer(tokens: int, value: float) -> None:
         ("math", "42", "42", "24"),
         ("exact", "42", "42", "24"),
         ("format", "42", "<think></think><answer>42</answer>", "<think></think>42"),
-        (
-            "knights-and-knaves",
-            "Zoe is a fool",
-            "<think></think><answer>Zoe is a fool</answer>",
-            "Zoe is a fool",
-        ),
+        ("knights-and-knaves", "Zoe is a fool", "<think></think><answer>Zoe is a fool</answer>", "Zoe is a fool"),
         ("reasoning-gym", "42", "42", "24"),
         ("overlong", "42", "42", "4" * 90),
     ],
@@ -233,15 +228,7 @@ def test_the_table_above_has_every_built_in() -> None:
 
 # -- reasoning-gym -----------------------------------------------------------------------------------------
 
-TASKS = [
-    "chain_sum",
-    "letter_counting",
-    "gcd",
-    "spell_backward",
-    "number_sorting",
-    "count_bits",
-    "simple_equations",
-]
+TASKS = ["chain_sum", "letter_counting", "gcd", "spell_backward", "number_sorting", "count_bits", "simple_equations"]
 EVALUATING = gym.EVALUATED_LISTS + gym.EVALUATED_ARITHMETIC + gym.EVALUATED_ALGEBRA
 
 
@@ -338,10 +325,7 @@ def test_a_raising_scorer_gives_0_and_a_broken_row_is_an_error() -> None:
         built_in("reasoning-gym", "2", "2", {"source_dataset": "tower_of_hanoi"})  # no num_disks
 
 
-@pytest.mark.parametrize(
-    ("metadata", "named"),
-    [(None, "None"), ({}, "{}"), ({"source_dataset": "nope"}, "'nope'")],
-)
+@pytest.mark.parametrize(("metadata", "named"), [(None, "None"), ({}, "{}"), ({"source_dataset": "nope"}, "'nope'")])
 def test_reasoning_gym_rows_must_name_their_task(metadata: Any, named: str) -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(RewardError, match=rf"{named}.*data\.source = reasoning-gym:"):
@@ -484,11 +468,7 @@ def test_options_are_checked_when_loaded(own: str) -> None:
     assert "'answer'" in message and "casefold" in message
     message = failing("overlong")
     assert "max_tokens" in message and "buffer" in message
-    for wrong in (
-        {"max_tokens": 10, "buffer": 0},
-        {"max_tokens": 10, "buffer": 11},
-        {"max_tokens": 9.5, "buffer": 1},
-    ):
+    for wrong in ({"max_tokens": 10, "buffer": 0}, {"max_tokens": 10, "buffer": 11}, {"max_tokens": 9.5, "buffer": 1}):
         assert "1 <= buffer <= max_tokens" in failing("overlong", wrong)
     for tags in ("think", [], ["a", "a"], ["<a>"], [1, ""]):
         assert "tags" in failing("format", {"tags": tags})
@@ -607,11 +587,7 @@ def test_totals_are_weighted_sums_over_the_graded_parts() -> None:
 
 
 def test_order_of_groups_does_not_matter() -> None:
-    groups = [
-        group(["42", "41"], answer="42"),
-        group(["7"], answer="7", row=2),
-        group(["1", "2"], answer="2", row=3),
-    ]
+    groups = [group(["42", "41"], answer="42"), group(["7"], answer="7", row=2), group(["1", "2"], answer="2", row=3)]
     rewards = load({"number": 1.0, "exact": 0.5}, {})
     together = score(groups, rewards)
     assert together == [score([g], rewards)[0] for g in groups] == score(groups[::-1], rewards)[::-1]
@@ -679,12 +655,6 @@ def test_the_example_gives_gold_full_marks(monkeypatch: pytest.MonkeyPatch) -> N
     rows = [json.loads(line) for line in Path(settings.data.source).read_text().splitlines()]
     assert len(rows) == len({row["prompt"] for row in rows}) == 60
     for row in rows:
-        texts = [
-            row["answer"],
-            row["other"],
-            f"{row['answer']}, not {row['other']}",
-            "",
-            row["answer"] + " so" * 10,
-        ]
+        texts = [row["answer"], row["other"], f"{row['answer']}, not {row['other']}", "", row["answer"] + " so" * 10]
         (scored,) = score([group(texts, row.pop("prompt"), **row)], rewards)
         assert scored.rewards == (1.0, 0.0, 0.0, 0.0, 0.0)

@@ -322,11 +322,7 @@ def test_streams_side_by_side_and_an_update_in_between(policies, tmp_path, kind)
 
 @pytest.mark.parametrize(
     ("lengths", "tokens", "named"),
-    [
-        ([2049], 1, r"\b2049\b.*\b1\b.*\b2048\b"),
-        ([3, 2000], 49, r"\b2000\b.*\b49\b.*\b2048\b"),
-        ([4, 0], 5, "prompt"),
-    ],
+    [([2049], 1, r"\b2049\b.*\b1\b.*\b2048\b"), ([3, 2000], 49, r"\b2000\b.*\b49\b.*\b2048\b"), ([4, 0], 5, "prompt")],
 )
 def test_prompts_that_cannot_be_answered(policies, lengths, tokens, named):
     with pytest.raises(ModelError, match=named):

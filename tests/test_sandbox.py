@@ -167,20 +167,14 @@ def test_rows_of_every_reasoning_gym_task_cross_the_pipe_unchanged() -> None:
 
 
 def test_a_column_that_cannot_be_sent_is_named(own: str) -> None:
-    with (
-        sandbox(f"{own}:slow") as scorer,
-        pytest.raises(RewardError, match=r"data\.jsonl:1.*complex.*\(1\+2j\)"),
-    ):
+    with sandbox(f"{own}:slow") as scorer, pytest.raises(RewardError, match=r"data\.jsonl:1.*complex.*\(1\+2j\)"):
         scorer.score([group(["a"], odd=1 + 2j)])
 
 
 # -- what is wrong before the run --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("nubmer", {}), ("own.py:lenght", {}), ("own.py:slow", {"bonus": 1})],
-)
+@pytest.mark.parametrize(("name", "options"), [("nubmer", {}), ("own.py:lenght", {}), ("own.py:slow", {"bonus": 1})])
 def test_what_cannot_be_loaded_is_said_as_outside(name: str, options: dict, own: str, monkeypatch) -> None:
     monkeypatch.chdir(Path(own).parent)
     with pytest.raises(RewardError) as outside:

@@ -6,13 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lite_trgrpo.cli.app import (
-    ConfigOption,
-    PresetOption,
-    SetOption,
-    app,
-    command,
-)
+from lite_trgrpo.cli.app import ConfigOption, PresetOption, SetOption, app, command
 from lite_trgrpo.training.stopping import Stopped
 
 

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lite_trgrpo.cli.app import (
-    AdapterOption,
-    ConfigOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    app,
-    command,
-)
+from lite_trgrpo.cli.app import AdapterOption, ConfigOption, JsonOption, PresetOption, SetOption, app, command
 
 if TYPE_CHECKING:
     pass

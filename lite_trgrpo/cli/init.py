@@ -5,12 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lite_trgrpo.cli.app import (
-    VramOption,
-    app,
-    command,
-    size_in_bytes,
-)
+from lite_trgrpo.cli.app import VramOption, app, command, size_in_bytes
 
 if TYPE_CHECKING:
     pass

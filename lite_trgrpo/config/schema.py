@@ -45,8 +45,7 @@ class Model(Section):
         "none: 16- or 32-bit, per dtype",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Compute type of the base. auto: bfloat16 if the GPU has it, else float16; float32 on CPU",
+        "auto", description="Compute type of the base. auto: bfloat16 if the GPU has it, else float16; float32 on CPU"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device to run on. auto: the GPU if torch can use it, else the CPU"

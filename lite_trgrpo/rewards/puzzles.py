@@ -23,8 +23,7 @@ _ROLE = "|".join(role for pair in PAIRS for role in pair)
 _ROLE_WORD = re.compile(rf"\b(?:{_ROLE})\b", re.IGNORECASE)
 # "Zoey is a knight", "**Zoey**: knight", "Zoey = Knight"
 _CLAIM = re.compile(
-    rf"\b([^\W\d_][\w'-]*)\W{{0,4}}(?:\bis\b|[:=-])\W{{0,4}}(?:an?\s+)?\W{{0,3}}({_ROLE})\b",
-    re.IGNORECASE,
+    rf"\b([^\W\d_][\w'-]*)\W{{0,4}}(?:\bis\b|[:=-])\W{{0,4}}(?:an?\s+)?\W{{0,3}}({_ROLE})\b", re.IGNORECASE
 )
 
 
