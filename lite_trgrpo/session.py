@@ -53,7 +53,7 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
             found, done = checkpoint_of(run, config.train.steps)
         scoring = held.enter_context(scoring_of(config))
         examples, heldout_examples = load_examples(config.data, config.eval.rows)
-        select.settle(config.model)
+        select.settle(config.model, config.rollout.engine == "vllm")
         if resume is None:
             _look_ahead(config, examples, heldout_examples, scoring, output)
         policy = policy_of(config)

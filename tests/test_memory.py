@@ -262,3 +262,18 @@ def test_a_run_that_never_fits_ends_with_a_checkpoint_and_a_message(tiny_config,
     with pytest.raises(OutOfMemoryError, match="lite-trgrpo check"):
         session.train(loading.load(file=tiny_config), tmp_path / "run", None, Stop())
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_limit_on_a_card_reaches_torch_with_the_cards_number(monkeypatch):
+    """torch refuses to limit a device without one, so every run with train.memory on a card died."""
+    from lite_trgrpo.model.loading import resolve_device
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append((share, device))
+    )
+    assert oom.cap(4 * 2**30, resolve_device("auto"))
+    assert asked == [(0.5, torch.device("cuda", 1))]

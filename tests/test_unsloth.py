@@ -145,7 +145,7 @@ def test_vllm_samples_the_policy_and_without_its_adapter_the_base(folder, vllm):
 
 def test_vllm_is_unsloths_alone(folder):
     with pytest.raises(ModelError, match=r"rollout\.engine = vllm.*--set rollout\.engine=groups"):
-        select.load(Model(name=folder, device="cpu"), seed=0, vllm=True)
+        select.load(Model(name=folder, device="cpu", backend="transformers"), seed=0, vllm=True)
 
 
 def test_it_is_the_same_policy(folder, package):
@@ -202,21 +202,18 @@ def test_asked_for_by_name_its_absence_is_an_error(folder, monkeypatch):
         select.load(Model(name=folder, device="cpu", backend="unsloth"), seed=0)
 
 
-@pytest.mark.parametrize("broken", ["import", "load"])
-def test_left_to_us_the_other_backend_takes_over(folder, package, monkeypatch, caplog, broken):
-    """Where there is a card; without one the choice is made before."""
-    monkeypatch.setattr(select, "choose", lambda _: ("unsloth", "a card and the package are there"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(select.torch.cuda, "is_available", lambda: True)
-    if broken == "import":
-        monkeypatch.setitem(sys.modules, "unsloth", None)
-    else:
-        fast = sys.modules["unsloth"].FastLanguageModel
-        monkeypatch.setattr(fast, "from_pretrained", staticmethod(lambda **_: 1 / 0))
-    monkeypatch.setattr(hf, "load", lambda options, **_: "the other")
+@pytest.mark.parametrize("options", [{"vllm": True}, {}])
+def test_a_load_that_fails_ends_with_the_line_to_type(folder, package, monkeypatch, options):
+    """Never in transformers in the same process: unsloth has replaced parts of it by then."""
+    fast = sys.modules["unsloth"].FastLanguageModel
+    monkeypatch.setattr(fast, "from_pretrained", staticmethod(lambda **_: 1 / 0))
     monkeypatch.setattr(unsloth, "resolve_device", lambda _: torch.device("cpu"))
-    caplog.set_level("INFO", "lite_trgrpo")
-    assert select.load(Model(name=folder), seed=0) == "the other"
-    [line] = [record.getMessage() for record in caplog.records]
-    expected = {"import": "unsloth", "load": "division by zero"}
-    assert "transformers" in line and expected[broken] in line
+    monkeypatch.setattr(hf, "load", lambda options, **_: pytest.fail("fell back"))
+    with pytest.raises(ModelError, match=r"division by zero.*--set model\.backend=transformers"):
+        select.load(Model(name=folder, backend="auto" if options else "unsloth"), seed=0, **options)
+
+
+def test_auto_is_transformers_whatever_is_installed_unless_vllm_is_to_sample(package):
+    assert select.choose(Model(name="x"))[0] == "transformers"
+    assert select.choose(Model(name="x"), vllm=True)[0] == "unsloth"
+    assert select.choose(Model(name="x", backend="unsloth"))[0] == "unsloth"

@@ -72,7 +72,7 @@ def machine(config: Config | None) -> dict[str, Any]:
     card = _card()
     problems = [*_conflicts(), *_of_card(card), *([] if config is None else _of_options(config, card)), *_of_disk()]
     problems += [problem for variable, problem in LENT.items() if variable in os.environ]
-    name, why = choose(Model(name="any") if config is None else config.model)
+    name, why = choose(Model(name="any")) if config is None else choose(config.model, config.rollout.engine == "vllm")
     return {
         "system": {
             "name": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -224,10 +224,12 @@ def _of_options(config: Config, card: Mapping[str, Any] | None) -> Iterator[Prob
     on_card = usable and model.device != "cpu"
     if on_card and card and model.dtype == "bfloat16" and not card["bf16"]:
         yield Problem("model.dtype = bfloat16, which this card only emulates: slow", "--set model.dtype=auto")
-    if model.backend == "unsloth" and not (on_card and importlib.util.find_spec("unsloth")):
+    unsloth = choose(model, config.rollout.engine == "vllm")[0] == "unsloth"
+    if unsloth and not (on_card and importlib.util.find_spec("unsloth")):
         yield Problem(
-            "model.backend = unsloth needs a CUDA card and the package unsloth", "--set model.backend=auto", fatal=True
-        )
+            "model.backend = unsloth and rollout.engine = vllm need a CUDA card and the package unsloth",
+            "--set model.backend=transformers --set rollout.engine=groups", fatal=True,
+        )  # fmt: skip
     try:
         gguf_behind(model.name)
     except LiteError as error:

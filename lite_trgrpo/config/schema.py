@@ -35,8 +35,8 @@ class Model(Section):
     )
     backend: Literal["auto", "transformers", "unsloth"] = Field(
         "auto",
-        description="Library that runs the model. auto: unsloth if it is installed and there is a GPU, else "
-        "transformers",
+        description="Library that runs the model. auto: transformers, except for rollout.engine = vllm. unsloth brings "
+        "its own kernels, but samples prompt by prompt and pads the update",
     )
     adapter: str | None = Field(None, description="Folder or Hub id of a LoRA adapter to continue from")
     quantization: Literal["none", "nf4", "int8"] = Field(

@@ -23,7 +23,9 @@ def resolve_device(wanted: str) -> torch.device:
             f"model.device = cuda, but torch {torch.__version__} sees no usable card. Install a CUDA build of torch "
             "(pytorch.org/get-started), or type --set model.device=cpu"
         )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # with its number, which limits on memory ask for
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
