@@ -303,7 +303,7 @@ class Train(Section):
     steps: int = Field(200, ge=1, le=10_000_000, description="Number of steps; each samples, scores and updates once")
     prompts_per_step: int = Field(8, ge=1, le=65_536, description="Prompts per step")
     updates_per_batch: int = Field(1, ge=1, le=1000, description="Optimizer updates per batch of answers")
-    learning_rate: float = Field(2e-5, gt=0, le=1, description="Peak learning rate of AdamW")
+    learning_rate: float = Field(2e-5, gt=0, le=1000, description="Peak learning rate of AdamW")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; 0: none")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
