@@ -21,6 +21,7 @@ from lite_trgrpo.model.network import Network
 from lite_trgrpo.model.packing import by_length, by_prompt
 from lite_trgrpo.rollout.engine import Engine, slot_count
 from lite_trgrpo.store.run import Run
+from lite_trgrpo.terminal import screen
 from tests.tiny import KINDS, MULTIMODAL, tiny_model, tiny_model_folder
 
 PROMPT = 48
@@ -235,7 +236,7 @@ def written(folder, config, steps, signal=0.5):
     for step in range(steps):
         line = {"step": step + 1, "tokens": 100, "length_mean": 5.0, "clock": clock, "groups_with_signal": signal}
         run.log_step(line, [], list)
-    run.log_eval({"step": 0, "clock": {"eval_s": 30.0}})
+    run.log_eval({"step": 0, "rows": [{}] * 2, "clock": {"eval_s": 30.0}})
 
 
 def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, tmp_path):
@@ -250,8 +251,13 @@ def test_a_run_of_the_same_model_tells_how_long_the_next_one_takes(tiny_config, 
     found = memory.past(config, tmp_path / "runs")
     # 10 s for 100 tokens; a step will have 3 * 4 answers of 5 tokens; scores before and after
     assert found["step_s"] == pytest.approx(6.0) and found["peak"] == 700 * 2**20
-    assert found["hours"] == pytest.approx((2 * 6.0 + 2 * 30.0) / 3600)
-    assert found["run"].endswith("same")
+    # 15 s a row then, one answer each; twice 4 rows now
+    assert found["hours"] == pytest.approx((2 * 6.0 + 2 * 4 * 15.0) / 3600)
+    assert found["run"].endswith("same") and not found["least"]
+    longer = config.changed("rollout", max_new_tokens=99).changed("eval", samples=3)
+    found = memory.past(longer, tmp_path / "runs")
+    assert found["least"] and found["hours"] == pytest.approx((2 * 6.0 + 2 * 4 * 4 * 15.0) / 3600)
+    assert "at least" in screen.past_line(found)
     (tmp_path / "runs" / "same" / "config.toml").write_text("nonsense")
     assert memory.past(config, tmp_path / "runs") is None
 

@@ -74,8 +74,8 @@ def _with_cache(config: Config, found: Plan, room: int) -> Config:
 def past(config: Config, runs: Path) -> dict[str, Any] | None:
     """How long a run will take, and what the same model took before, by the newest run of it in `runs`; None: none yet.
 
-    -> {"run", "step_s", "hours" (evaluations included), "peak" (bytes; of the card where there is one)}. A step is
-    taken to cost as much a token as then, answers to be as long.
+    -> {"run", "step_s", "hours" (evaluations included), "peak" (bytes; of the card where there is one), "least":
+    answers may get longer than then}. A token is taken to cost as much as then, answers to be as long.
     """
     written = sorted(runs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in written:
@@ -94,10 +94,13 @@ def past(config: Config, runs: Path) -> dict[str, Any] | None:
         tokens = length * config.train.prompts_per_step * config.rollout.group_size
         step_s = seconds / max(1, sum(step["tokens"] for step in steps)) * tokens
         times = 2 + (config.train.steps - 1) // config.eval.every if config.eval.every else 2
-        eval_s = times * fmean(score["clock"]["eval_s"] for score in scores) if scores else 0.0
+        answers = [len(score["rows"]) * (1 + before.eval.samples) for score in scores]
+        answer_s = sum(score["clock"]["eval_s"] for score in scores) / max(1, sum(answers))
+        eval_s = times * answer_s * config.eval.rows * (1 + config.eval.samples)
         peak = max(clock.get("cuda_peak_mib", clock["rss_mib"]) for clock in clocks)
         hours = (step_s * config.train.steps + eval_s) / 3600
-        return {"run": str(run.folder), "step_s": step_s, "hours": hours, "peak": int(peak * 2**20)}
+        least = config.rollout.max_new_tokens > before.rollout.max_new_tokens
+        return {"run": str(run.folder), "step_s": step_s, "hours": hours, "peak": int(peak * 2**20), "least": least}
     return None
 
 

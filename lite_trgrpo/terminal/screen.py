@@ -210,10 +210,8 @@ def past_line(before: Mapping[str, Any]) -> str:
     """`check.past`'s result in a sentence."""
     hours = before["hours"]
     whole = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} min"
-    return (
-        f"Estimate from {before['run']}: {before['step_s']:.1f} s per step, {whole} in total, peak "
-        f"{before['peak'] / 2**30:.1f} GB"
-    )
+    step = f"{'at least ' * before['least']}{before['step_s']:.1f} s per step"
+    return f"Estimate from {before['run']}: {step}, {whole} in total, peak {before['peak'] / 2**30:.1f} GB"
 
 
 def comparison_table(objectives: Iterable[Mapping[str, Any]]) -> Table:
