@@ -83,12 +83,12 @@ def test_a_lost_run_json_is_said_on_resume(undisturbed, tmp_path):
     assert resumed.exit_code == 0 and "run.json" in resumed.stderr
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"step": "x"}', '"text"', "[" * 100_000])
+@pytest.mark.parametrize("line", ["[1]", '{"step": "x"}', '"text"', "[" * 100_000, '{"step": 1, "clock": {}}'])
 def test_json_of_another_shape_in_a_log_is_one_line(line, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
     refused = lite("report", tmp_path / "run")
-    assert refused.exit_code == 1 and "metrics.jsonl" in refused.stderr and "Traceback" not in refused.output
+    assert refused.exit_code == 1 and str(tmp_path / "run") in refused.stderr and "Traceback" not in refused.output
 
 
 @pytest.mark.slow
