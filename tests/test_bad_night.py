@@ -307,6 +307,21 @@ def test_no_memory_while_the_model_is_loaded_is_one_line(tiny_config, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["diagnose", "compare"])
+def test_no_memory_in_a_study_is_one_line(command, tiny_config, tmp_path, monkeypatch):
+    def refused(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    if command == "diagnose":
+        monkeypatch.setattr(TransformersPolicy, "logprobs", refused)
+        done = lite("diagnose", "--config", tiny_config, "--prompts", 4)
+    else:
+        monkeypatch.setattr("lite_trgrpo.evaluate.kl_to_base", refused)
+        done = lite("compare", "-c", tiny_config, "--objectives", "grpo", "--seeds", "0", "-o", tmp_path / "c")
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert "out of memory" in done.stderr.splitlines()[-1] and "micro_batch_tokens" in done.stderr
+
+
 def test_no_memory_at_all_in_an_evaluation_is_one_line_and_resumes(undisturbed, tiny_config, tmp_path, monkeypatch):
     real = loop.evaluate
 

@@ -54,6 +54,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except LiteError as error:
             print(f"error: {plain(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            from lite_trgrpo.model import oom
+
+            if not oom.ran_out(error):
+                raise
+            print(f"error: {oom.advice('this does', 'train.micro_batch_tokens')}", file=sys.stderr)
+            raise typer.Exit(1) from None
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.code) from None
