@@ -34,7 +34,20 @@ def undisturbed(tiny_config) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in ACCIDENTS if ACCIDENTS[name].same])
+# One of each kind in the default suite, the others of its kind beside the slow tests.
+SLOW = {
+    "SIGTERM in an evaluation", "SIGTERM in a checkpoint", "a full disk in the rollouts", "a full disk in the scores",
+    "a library fails in the update", "a library fails in an evaluation", "the reward process is killed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in ACCIDENTS if ACCIDENTS[name].same
+    ],
+)  # fmt: skip
 def test_after_an_accident_the_run_ends_as_if_nothing_had_been(name, undisturbed, tiny_config, tmp_path):
     accident, run = ACCIDENTS[name], tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -63,8 +76,12 @@ def test_after_damage_the_run_goes_on_as_if_nothing_had_been(name, undisturbed, 
     assert differences(run, undisturbed) == []
 
 
-@pytest.mark.parametrize("log", ["metrics.jsonl", "rollouts.jsonl", "eval.jsonl"])
-@pytest.mark.parametrize("how", ["NULs", "another value"])
+@pytest.mark.parametrize(
+    ("how", "log"),
+    [("NULs", "metrics.jsonl"), ("another value", "rollouts.jsonl"),
+     *(pytest.param(how, log, marks=pytest.mark.slow)
+       for how, log in [("another value", "metrics.jsonl"), ("NULs", "eval.jsonl"), ("another value", "eval.jsonl")])],
+)  # fmt: skip
 def test_a_log_that_was_changed_before_its_checkpoint_is_refused_and_named(how, log, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)

@@ -36,7 +36,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=20)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_export_leaves_no_process_and_no_half_folder(tiny_config, tmp_path, number):
     assert train(tiny_config, tmp_path / "run", "train.steps=1", "train.learning_rate=0.05").exit_code == 0
     (tmp_path / "tmp").mkdir()
