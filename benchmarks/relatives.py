@@ -95,8 +95,8 @@ def trl_shell(kind: type, **options: Any) -> Any:
     args = {name: option.default for name, option in GRPOConfig.__dataclass_fields__.items()}
     args |= {"use_bias_correction_kl": False, "steps_per_generation": 1, **options}
     alone = SimpleNamespace(
-        num_processes=1, process_index=0, device=torch.device("cpu"), gather=lambda x: x, reduce=lambda x, **_: x,
-    )  # fmt: skip
+        num_processes=1, process_index=0, device=torch.device("cpu"), gather=lambda x: x, reduce=lambda x, **_: x
+    )
     own = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2,
         "beta": 0.0, "max_completion_length": CAP, "current_gradient_accumulation_steps": 1, "use_vllm": False,

@@ -49,6 +49,10 @@ class ExportError(LiteError, RuntimeError):
     """An export cannot be made, or does not do what the run's adapter does."""
 
 
+FOREIGN = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code raises where it is run in a way that it does not know."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error of another library, without the full stop."""
     text = str(error).strip()

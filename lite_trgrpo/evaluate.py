@@ -9,7 +9,7 @@ import torch
 
 from lite_trgrpo.config.schema import Config
 from lite_trgrpo.model.oom import Limits
-from lite_trgrpo.model.packing import by_prompt
+from lite_trgrpo.model.packing import batches
 from lite_trgrpo.model.policy import Policy, sample_all, sample_groups
 from lite_trgrpo.records import Example, Group, Prompt, Sampling
 from lite_trgrpo.rewards import Scorer
@@ -127,7 +127,7 @@ def kl_to_base(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, to
     groups = sample_all(policy, prompts, replace(sampling, members=1, greedy=False))
     rows = [(prompt.ids, group[0]) for prompt, group in zip(prompts, groups, strict=True)]
     difference, tokens = 0.0, 0
-    for batch in by_prompt(rows, lambda row: (row[0], row[1].ids), token_budget):
+    for batch in batches(rows, lambda row: (row[0], row[1].ids), token_budget, policy.packs):
         with policy.reference():
             base, _ = policy.logprobs([(ids, completion.ids) for ids, completion in batch], sampling.temperature)
         for i, (_, completion) in enumerate(batch):

@@ -20,9 +20,9 @@ from lite_trgrpo.evaluate import eval_sampling
 from lite_trgrpo.model import oom, select
 from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import Scorer
-from lite_trgrpo.store import checkpoint, trackers
+from lite_trgrpo.store import trackers
 from lite_trgrpo.store.lock import locked
-from lite_trgrpo.store.resuming import checkpoint_of, compare_facts
+from lite_trgrpo.store.resuming import checkpoint_of, compare_facts, cut_back
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.terminal import progress, screen
 from lite_trgrpo.terminal.panel import Panel
@@ -73,9 +73,8 @@ def train(config: Config, output: Path, resume: Path | None, stop: Stop, show: S
         if resume is None:
             weights = sum(p.numel() for p in policy.trainable().values())
             progress.introduce(config, policy.device, weights, facts["prompts"], training[0][1], str(run.folder))
-        if resume is not None:  # what a killed run wrote after its checkpoint, whole or torn, goes
-            state = {"logs": {}} if found is None else checkpoint.state_of(found)
-            run.cut_back(state["logs"], state.get("logs_sha256"))
+        else:
+            cut_back(run, found)  # before anything reads the logs
         track = held.enter_context(trackers.tracked(config.train.track, run.folder, config.model_dump(), done))
         panel = _panel(config, run, _limit(config, policy))
         listener = held.enter_context(progress.watched(show, panel, track, lambda: _report(run)))

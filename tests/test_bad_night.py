@@ -43,11 +43,8 @@ SLOW = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
-        for name in ACCIDENTS if ACCIDENTS[name].same
-    ],
-)  # fmt: skip
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ACCIDENTS if ACCIDENTS[name].same],
+)
 def test_after_an_accident_the_run_ends_as_if_nothing_had_been(name, undisturbed, tiny_config, tmp_path):
     accident, run = ACCIDENTS[name], tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

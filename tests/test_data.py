@@ -131,7 +131,7 @@ def test_without_an_answer_column_the_rest_is_kept(file):
         ('{"prompt": [{"role": null, "content": "a"}], "answer": "1"}', "t.jsonl:2: {'role': None, 'content': 'a'} is"),
         ('{"answer": "1"}', "t.jsonl:2: no column 'prompt'. It has answer; type --set data.prompt=NAME"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_cannot_be_used_is_named_with_file_line_and_reason(file, line, message):
     assert refusal(file("t.jsonl", text_of(ROWS[:1]) + line + "\n")).startswith(message)
 

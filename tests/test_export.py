@@ -165,7 +165,7 @@ def rename(folder: Path) -> None:
         (lambda folder: (folder / WEIGHTS).write_bytes(b"half"), "holds no whole LoRA adapter"),
     ],
     ids=["base", "revision", "alpha", "targets", "tensors", "damaged"],
-)  # fmt: skip
+)
 def test_names_and_base_must_be_the_runs(written, broken, message):
     run, config, folder = written
     broken(folder)

@@ -12,7 +12,7 @@ from lite_trgrpo.model.oom import Limits
 from lite_trgrpo.records import Completion
 from lite_trgrpo.training import update as module
 from lite_trgrpo.training.update import Row, loss_scale, update
-from tests.test_bad_night import lite, train
+from tests.accidents import lite, train
 from tests.tiny import tiny_model_folder
 
 

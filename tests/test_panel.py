@@ -210,7 +210,7 @@ def test_a_curve(values, width, options, expected):
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [(0, "0:00:00"), (3723.9, "1:02:03"), (360_000, "100:00:00"), (-1, "0:00:00"), (None, "-:--:--")],
-)  # fmt: skip
+)
 def test_a_duration(seconds, expected):
     assert duration(seconds) == expected
 

@@ -108,7 +108,8 @@ def test_the_planned_rollout_is_the_allocators_peak(tiny, kind, changes):
 
 
 def test_the_planned_rollout_of_generate_is_the_allocators_peak(tiny):
-    config = tiny(**{"rollout.engine": "generate", "rollout.max_rows": 8})
+    # answers so long that their own keys and values make the peak, not the prompts
+    config = tiny(**{"rollout.engine": "generate", "rollout.max_rows": 8, "rollout.max_new_tokens": 256})
     model = tiny_model("llama", hidden_size=128)
     found = plan(config, model.config, torch.float32, PROMPT)
     assert found.slots == 8 and "rollout.engine" in found.path
@@ -120,7 +121,7 @@ def test_the_planned_rollout_of_generate_is_the_allocators_peak(tiny):
 
     network.model.eval()
     decode()
-    assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.25)
+    assert found.cache + found.rollout == pytest.approx(peak_of(decode), rel=0.10)
 
 
 def _real(model, config) -> Network:

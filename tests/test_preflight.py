@@ -388,7 +388,7 @@ BIG_SUMS = "data.options={ first = [700000, 700030], second = [800000, 800030] }
         (["data.system=Use \\boxed{}.", "rewards.functions={ exact = 1 }"], "prompt and reward disagree on the form"),
         (["data.answer=prompt"], "gold answers cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_the_demo_passes_and_mistakes_in_it_do_not(settings, problem):
     result = call("check", "rewards", "--preset", "demo", "--json", *(w for line in settings for w in ("-s", line)))
     found = json.loads(result.stdout)["rewards"]

@@ -45,9 +45,7 @@ def chi_squared(observed: np.ndarray, expected: np.ndarray) -> float:
 
 def test_the_reference_here_is_splitmix64():
     """Its published outputs for seed 1234567."""
-    assert [splitmix(1234567, i) for i in range(3)] == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423,
-    ]  # fmt: skip
+    assert [splitmix(1234567, i) for i in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.parametrize("key", [(0,), (0, 0, 0), (7, 1, 250), (2**63, 2, 3), (2**64 - 1,)])

@@ -354,6 +354,16 @@ def test_a_forked_child_or_a_forged_reply_shifts_no_reward_to_another_group(own:
     assert [groups[i].rewards for i in (0, 2, 3)] == [(2.0,), (3.0,), (4.0,)]
 
 
+@posix
+def test_a_file_that_writes_into_the_pipe_while_it_is_loaded_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import os\nfor descriptor in range(3, 12):\n    try:\n        os.write(descriptor, b'{}\\n')\n"
+        "    except OSError:\n        pass\ndef reward(completions, **_):\n    return [1.0 for _ in completions]\n"
+    )
+    with pytest.raises(RewardError, match=r"loud\.py"):
+        Sandbox({f"{tmp_path / 'loud.py'}:reward": 1.0}, {}, seconds=20, memory=GB)
+
+
 @pytest.mark.parametrize("text", ["child", pytest.param("session", marks=posix), pytest.param("daemon", marks=posix)])
 def test_what_a_function_started_ends_with_its_worker(own: str, text: str) -> None:
     """Also in a session of its own, and after the process that started it has gone."""

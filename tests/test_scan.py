@@ -26,7 +26,7 @@ def rows_of(path):
 @pytest.mark.parametrize(
     ("solved", "tried", "teaches"),
     [(0, 8, False), (1, 8, True), (8, 8, False), (1, 10, True), (9, 10, True), (1, 11, False), (0, 0, False)],
-)  # fmt: skip
+)
 def test_prompts_between_a_tenth_and_nine_tenths_teach(solved, tried, teaches):
     assert difficulty.teaches((solved, tried)) is teaches
 

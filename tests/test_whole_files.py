@@ -208,6 +208,8 @@ def test_a_damaged_gguf_is_one_line_wherever_it_is_damaged(tmp_path, monkeypatch
     monkeypatch.setenv("LITE_TRGRPO_CACHE", str(tmp_path / "cache"))
     left = tmp_path / "cache" / "gguf" / "abcdef01-part-99999999-xyz"
     left.mkdir(parents=True)
+    older = left.with_name("abcdef01-part-1x2y3z")  # of a version that did not write its process into the name
+    older.mkdir()
     writer = GGUFWriter(tmp_path / "whole.gguf", "llama")
     writer.add_uint32("llama.block_count", 2)
     writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
@@ -220,4 +222,4 @@ def test_a_damaged_gguf_is_one_line_wherever_it_is_damaged(tmp_path, monkeypatch
         (tmp_path / "bad.gguf").write_bytes(content[:place] + b"\xff\xff\xff\x7f" + content[place + 4 :])
         with pytest.raises(ModelError, match=r"bad\.gguf"):
             locate(Model(name=str(tmp_path / "bad.gguf")))
-    assert not left.exists() and not list((tmp_path / "cache" / "gguf").glob("*-part-*"))
+    assert not left.exists() and list((tmp_path / "cache" / "gguf").glob("*-part-*")) == [older]

@@ -35,12 +35,7 @@ def check_learnable(config: Config, scanned: int = 0, file: Path | None = None) 
     with build.scoring_of(config) as scoring:
         examples, heldout = load_examples(config.data, config.eval.rows)
         found["heldout"] = len(heldout)
-        reports = {
-            "data": rewards.of_data(examples, len(heldout), config),
-            "rewards": rewards.of_rewards(examples, scoring, config),
-        }
-        if not reports["rewards"].broken:
-            reports["golds"] = rewards.of_golds([*examples, *heldout], scoring, config)
+        reports = rewards.without_model(examples, heldout, scoring, config)
         if not any(report.broken for report in reports.values()):
             config, policy, training = build.ready(config, examples)
             found["prompt"] = training[0][1].text

@@ -10,7 +10,7 @@ import torch
 from lite_trgrpo.check.plan import Plan, fitting, plan
 from lite_trgrpo.config.loading import load
 from lite_trgrpo.config.schema import Config
-from lite_trgrpo.errors import LiteError, ModelError, PlanError, first_line
+from lite_trgrpo.errors import FOREIGN, LiteError, ModelError, PlanError, first_line
 from lite_trgrpo.model.loading import load_config, resolve_device, resolve_dtype
 from lite_trgrpo.model.template import NO_TEMPLATE
 from lite_trgrpo.model.weights import has_chat_template
@@ -40,7 +40,7 @@ def check_memory(config: Config, vram: int | None, fit: bool = True) -> tuple[di
         found = plan(config, shape, dtype, longest)
     except LiteError:  # an option that cannot be, whatever the model
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except FOREIGN as error:
         # The plan runs the model on tensors without data, and not every model's code can.
         kind = getattr(shape, "model_type", "?")
         raise PlanError(f"no plan for the model type {kind!r} ({first_line(error)})") from None

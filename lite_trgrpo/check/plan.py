@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lite_trgrpo.config.schema import Config
-from lite_trgrpo.errors import first_line
+from lite_trgrpo.errors import FOREIGN, first_line
 from lite_trgrpo.model.hook import has_states, states_in
 from lite_trgrpo.model.loading import class_of, no_dropout
 from lite_trgrpo.model.lora import add_lora, prepare
 from lite_trgrpo.model.network import Network
-from lite_trgrpo.model.packing import by_length, by_prompt
+from lite_trgrpo.model.packing import batches
 from lite_trgrpo.records import Sampling
 from lite_trgrpo.rollout.attention import Packed
 from lite_trgrpo.rollout.cache import GroupCache
@@ -135,7 +135,7 @@ def _counted(config: Config, model_config: Any, dtype: torch.dtype, prompt_token
         try:
             network.by_groups = sampling.engine != "generate"
             sizes = (size * model_config.get_text_config().num_hidden_layers // layers for size in network.cache_bytes)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except FOREIGN as error:
             network.by_groups, why = False, first_line(error)
         network.attend_by_groups(network.by_groups)
         slots = slot_count(wanted, sampling, *(sizes if network.by_groups else (0, 0)))
@@ -269,8 +269,7 @@ def _teach(network: Network, config: Config, prompt_tokens: int) -> None:
     answers, tokens = config.rollout.group_size, config.rollout.max_new_tokens
     groups = range(config.train.prompts_per_step)
     rows = [((p,) * prompt_tokens, (0,) * tokens) for p in groups for _ in range(answers)]
-    batches = (by_prompt if network.packs else by_length)(rows, lambda row: row, config.train.micro_batch_tokens)
-    batch = max(batches, key=len)
+    batch = max(batches(rows, lambda row: row, config.train.micro_batch_tokens, network.packs), key=len)
     logprobs, _ = network.logprobs(batch, config.rollout.temperature)
     logprobs.sum().backward()
 

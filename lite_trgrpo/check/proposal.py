@@ -21,6 +21,7 @@ from lite_trgrpo.records import Example
 from lite_trgrpo.rewards import BUILTINS, gold
 from lite_trgrpo.rewards.numerals import as_number
 from lite_trgrpo.rewards.text import gold_text
+from lite_trgrpo.text import quoted
 
 BASES = ("math-7b", "math-4b", "math-1.5b", "math-0.5b")  # presets whose base and options suit any task; else demo
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
@@ -125,7 +126,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], source: str) -> tuple[str, str]:
     if prompt == "instruction" and any(str(row.get("input") or "").strip() for row in rows):
         raise DataError(
             f"{source}: 'instruction' and 'input' hold the question together. Write them into one column: "
-            f"jq -c '{{prompt: (.instruction + \"\\n\" + .input), answer: .output}}' {source} > flat.jsonl"
+            f"jq -c '{{prompt: (.instruction + \"\\n\" + .input), answer: .output}}' {quoted(source)} > flat.jsonl"
         )
     others = [name for name in rows[0] if name != prompt]
     if prompt is not None and (answer := _named(others, ANSWERS)) is not None:

@@ -34,13 +34,21 @@ def before_training(
 
     Raises RunError where nothing can be learned, or a gold answer cannot be graded.
     """
-    reports = [of_data(examples, len(heldout), config), of_rewards(examples, scorer, config)]
-    if not reports[1].broken:
-        reports.append(of_golds([*examples, *heldout], scorer, config))
+    reports = without_model(examples, heldout, scorer, config).values()
     if broken := [finding for report in reports for finding in report.broken]:
         reasons = "\n".join(f"{finding.problem}: {finding.text}" for finding in broken)
         raise RunError(f"{reasons}\nTo train anyway: --set train.preflight=false")
     return [f"warning: {finding.problem}: {finding.text}" for report in reports for finding in report.findings]
+
+
+def without_model(
+    examples: Sequence[Example], heldout: Sequence[Example], scorer: Scorer, config: Config
+) -> dict[str, Report]:
+    """-> "data", "rewards" and, where the rewards work at all, "golds"."""
+    reports = {"data": of_data(examples, len(heldout), config), "rewards": of_rewards(examples, scorer, config)}
+    if not reports["rewards"].broken:
+        reports["golds"] = of_golds([*examples, *heldout], scorer, config)
+    return reports
 
 
 # -- data ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lite_trgrpo.cli.app import ConfigOption, PresetOption, SetOption, app, command
+from lite_trgrpo.text import quoted
 from lite_trgrpo.training.stopping import Stopped
 
 
@@ -53,7 +54,7 @@ def compare(
             raise
         raise Stopped(
             f"the comparison in {output} is interrupted, everything saved. Continue with the same command: "
-            f"lite-trgrpo compare --objectives {objectives} ... --output {output}",
+            f"lite-trgrpo compare --objectives {quoted(objectives)} ... --output {quoted(output)}",
             stopped.code,
         ) from None
     (output / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -1,14 +1,11 @@
 """`init`: a config for a data file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lite_trgrpo.cli.app import VramOption, app, command, size_in_bytes
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

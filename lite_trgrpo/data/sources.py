@@ -16,6 +16,7 @@ from lite_trgrpo.config.loading import is_hub_id, nearest
 from lite_trgrpo.config.schema import Data
 from lite_trgrpo.data.hub import fetch
 from lite_trgrpo.errors import DataError, HubError, MissingPackageError, first_line
+from lite_trgrpo.text import quoted
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 csv.field_size_limit(2**31 - 1)  # else a text of 131,073 characters is "not valid CSV"
@@ -94,8 +95,8 @@ def _file(path: Path) -> Iterator[Row]:
         raise DataError(f"cannot read {path}: {error}") from None
     except UnicodeDecodeError:
         raise DataError(
-            f"{path} is not UTF-8 text. Convert it, e.g. from Excel's encoding: iconv -f CP1252 -t UTF-8 {path} (or -f "
-            "UTF-16)"
+            f"{path} is not UTF-8 text. Convert it, e.g. from Excel's encoding: iconv -f CP1252 -t UTF-8 {quoted(path)}"
+            " (or -f UTF-16)"
         ) from None
 
 
@@ -150,8 +151,8 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
             if (name := _twice(header)) is not None:
                 raise DataError(f"{path}: the column {name!r} stands twice in the header; rename one")
             if len(header) == 1 and ";" in header[0]:
-                target = path.with_suffix(".tsv")
-                raise DataError(f"{path} is separated by semicolons. Convert it: tr ';' '\\t' < {path} > {target}")
+                convert = f"tr ';' '\\t' < {quoted(path)} > {quoted(path.with_suffix('.tsv'))}"
+                raise DataError(f"{path} is separated by semicolons. Convert it: {convert}")
             for row in reader:
                 origin = f"{path}:{reader.line_num}"
                 if row and len(row) != len(header):

@@ -21,9 +21,7 @@ SAMPLES = 5
 SECRET = re.compile(
     r"\b(?:hf|sk|gh[a-z]|github_pat|glpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^\s/]+(?=@)"
 )
-FORMS = {
-    "unquantised": "adapter on the unquantised base", "merged": "merged weights (`merged/`)", "gguf": "GGUF",
-}  # fmt: skip
+FORMS = {"unquantised": "adapter on the unquantised base", "merged": "merged weights (`merged/`)", "gguf": "GGUF"}
 
 
 def write(

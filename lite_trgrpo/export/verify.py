@@ -74,7 +74,7 @@ def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) ->
     from lite_trgrpo.build import encode
     from lite_trgrpo.data.examples import load_examples
     from lite_trgrpo.evaluate import eval_sampling
-    from lite_trgrpo.model.packing import by_prompt
+    from lite_trgrpo.model.packing import batches
 
     _, heldout = load_examples(config.data, config.eval.rows or ROWS)
     policy = _policy(config, gguf)
@@ -86,7 +86,7 @@ def answer(config: Config, gguf: Path | None, tokens: list[list[int]] | None) ->
     asked = tokens or [row["ids"] for row in rows]
     pairs = [(i, prompt.ids, tuple(ids)) for i, ((_, prompt), ids) in enumerate(zip(encoded, asked, strict=True))]
     logprobs: list[list[float]] = [[] for _ in pairs]
-    for batch in by_prompt(pairs, lambda pair: pair[1:], config.train.micro_batch_tokens):
+    for batch in batches(pairs, lambda pair: pair[1:], config.train.micro_batch_tokens, policy.packs):
         with torch.no_grad():
             found, _ = policy.logprobs([(prompt, ids) for _, prompt, ids in batch], sampling.temperature)
         for (i, _, ids), row in zip(batch, found, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_trgrpo.config.schema import Model
-from lite_trgrpo.errors import ModelError, first_line
+from lite_trgrpo.errors import FOREIGN, ModelError, first_line
 from lite_trgrpo.model import padded
 from lite_trgrpo.model.loading import load_base, resolve_device, resolve_dtype
 from lite_trgrpo.model.lora import with_lora
@@ -197,7 +197,7 @@ class TransformersPolicy:
         self.network.attend_by_groups(True)
         try:
             wrong = self.network.groups_differ()
-        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+        except FOREIGN as error:
             if ran_out(error):  # says nothing about the model; the slow path would need more memory
                 raise
             wrong = first_line(error)

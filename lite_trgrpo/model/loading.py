@@ -66,9 +66,8 @@ def load_base(located: Located, options: Model, device: torch.device, dtype: tor
         )
     elif options.quantization == "nf4":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )  # fmt: skip
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     elif options.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:

@@ -7,6 +7,13 @@ Row = TypeVar("Row")
 Ids = tuple[int, ...]
 
 
+def batches(
+    rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget: int, packs: bool
+) -> Iterator[list[Row]]:
+    """Batches as a policy reads them: `packs` says whether it reads a shared prompt once, or pads every row."""
+    return (by_prompt if packs else by_length)(rows, ids, budget)
+
+
 def by_prompt(rows: Sequence[Row], ids: Callable[[Row], tuple[Ids, Ids]], budget: int) -> Iterator[list[Row]]:
     """Batches of rows that fit `budget` tokens, where a prompt counts once; a row longer than the budget stands alone.
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,8 @@ def _part_folder(cache: Path, name: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob("*-part-*"):  # by a process that was killed
-            if not psutil.pid_exists(int(left.name.split("-")[2])):
+            owner = re.fullmatch(r".*-part-(\d+)-.*", left.name)
+            if owner is not None and not psutil.pid_exists(int(owner[1])):
                 shutil.rmtree(left, ignore_errors=True)
         return Path(tempfile.mkdtemp(dir=cache, prefix=f"{name[:8]}-part-{os.getpid()}-"))
     except OSError as error:

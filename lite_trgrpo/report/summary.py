@@ -129,9 +129,7 @@ def _card(old: Line, new: Line, samples: int) -> dict[str, Any]:
     sides = [
         {
             "solved": row["solved"],
-            "head": f"{when}, {row['samples_solved']} of {samples} sampled"
-            if row.get("samples_solved") is not None
-            else when,
+            "head": when if (right := row.get("samples_solved")) is None else f"{when}, {right} of {samples} sampled",
             "text": _shortened(row["greedy"]),
         }
         for when, row in (("before", old), ("after", new))

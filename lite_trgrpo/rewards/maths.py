@@ -40,13 +40,18 @@ def number(
 
 def gold_number(gold: Any) -> Decimal | None:
     """The one number in a gold answer; None if it holds none or several, so that it cannot be graded."""
-    found = numbers(joined((gold_text(gold) or "").rsplit("####", 1)[-1]))
+    found = numbers(joined(_final(gold)))
     return found[0] if len(found) == 1 and found[0].is_finite() else None
+
+
+def _final(gold: Any) -> str:
+    """The text of a gold answer after the last `####` if there is one, else all of it."""
+    return (gold_text(gold) or "").rsplit("####", 1)[-1].strip()
 
 
 def _read(text: str, gold: Any) -> list[Decimal]:
     """The last number of a completion. `10 000` is one where the gold answer is written so, else two."""
-    spaced = str(gold) != joined(str(gold))
+    spaced = _final(gold) != joined(_final(gold))
     return numbers(re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "", text) if spaced else text)[-1:]
 
 
@@ -122,7 +127,7 @@ def _equal(gold: Any, found: Any) -> bool:
 
 def _parse_gold(gold: Any) -> list[Any]:
     """The gold answer as math-verify's expressions; empty if it is none, or one that is read only in part."""
-    text = joined((gold_text(gold) or "").rsplit("####", 1)[-1].strip())
+    text = joined(_final(gold))
     if not text or _is_words(text) or _UNREAD.search(_readable(text)):
         return []
     found = _parse_bare(text)
@@ -132,7 +137,6 @@ def _parse_gold(gold: Any) -> list[Any]:
 
 def _parse_bare(text: str) -> list[Any]:
     """A text that is an answer and little else: LaTeX need not be marked as such."""
-    text = _readable(text)
     return _parse(text if _is_anchored(text) else f"${text}$")
 
 
@@ -165,9 +169,8 @@ def _parse(text: str) -> list[Any]:
     # An escaped dollar is money, not mathematics, and makes math-verify find nothing in `\$1,000.00`.
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     try:
-        return parse(
-            _readable(text).replace("\\$", ""), extraction_config=kinds, parsing_timeout=None, raise_on_error=True
-        )
+        text = _readable(text).replace("\\$", "")
+        return parse(text, extraction_config=kinds, parsing_timeout=None, raise_on_error=True)
     except MemoryError:  # the sandbox's to treat
         raise
     except Exception:  # what cannot be parsed is no answer

@@ -15,9 +15,8 @@ _DASH = re.compile(rf"(?<!{_WORD})(?<![)\]])\u2013(?=\s?[\d.])")  # an en dash a
 _THOUSANDS = re.compile(  # 1\,234, 1{,}234, 1~234, and spaces that do not break
     r"(?<![\d.,])(\d{1,3})((?:(?:\\[,!; ]|\{,\}|~|[\u00a0\u2007\u2009\u202f])\d{3})+)(?!\d)"
 )
-_SPACED = re.compile(
-    r"[-+]?\s?[$€£]?\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
-)  # with ordinary spaces only if nothing else is there
+# With ordinary spaces only if nothing else is there: "on day 5 100 people" holds two numbers.
+_SPACED = re.compile(r"[-+]?\s?[$€£]?\d{1,3}(?: \d{3})+(?:[.,]\d+)?")
 _LONE_SIGN = re.compile(r"^(\s*[-+])\s+(?=[$€£]?[\d.])")
 # A sign counts only where no number, word or bracket ends right before it: "7-3" is 7 and 3, "x=-3" is -3.
 _NUMBER = re.compile(
@@ -41,9 +40,8 @@ def plain(text: str) -> str:
 def numbers(text: str) -> list[Decimal]:
     """Every number in the text, in order."""
     text = _LONE_SIGN.sub(r"\1", plain(text))
-    return [
-        Decimal(sign + digits.replace(",", "") + exponent) for sign, digits, exponent in _NUMBER.findall(text)
-    ]  # fmt: skip
+    found = _NUMBER.findall(text)
+    return [Decimal(sign + digits.replace(",", "") + exponent) for sign, digits, exponent in found]
 
 
 def joined(text: str) -> str:

@@ -221,7 +221,7 @@ class Sandbox:
         try:
             self._process = process = Process(self._pass_env)
             process.send(self._setup)
-            reply = serialization.loads(process.receive(LOADING_SECONDS))
+            reply = _reply(process, LOADING_SECONDS, None)
         except OSError as error:
             raise RewardError(f"the process of the rewards cannot be started: {error.strerror}") from None
         except DiedError as died:
@@ -233,9 +233,9 @@ class Sandbox:
         return process
 
 
-def _reply(process: Process, limit: float, number: int) -> dict[str, Any]:
-    """The reply to call `number`. Anything else on the pipe was written by a function, or by a process that it forked:
-    then no later line of it can be trusted either.
+def _reply(process: Process, limit: float, number: int | None) -> dict[str, Any]:
+    """The reply to call `number`, or to the set-up (None). Anything else on the pipe was written by a function, or by a
+    process that it forked: then no later line of it can be trusted either.
     """
     line = process.receive(limit)
     try:

@@ -86,6 +86,12 @@ def checkpoint_of(run: Run, steps: int) -> tuple[Path | None, int]:
     return found, done
 
 
+def cut_back(run: Run, found: Path | None) -> None:
+    """Set the logs back to the checkpoint `found`, or to nothing: what a killed run wrote after it goes."""
+    state = {"logs": {}} if found is None else checkpoint.state_of(found)
+    run.cut_back(state["logs"], state.get("logs_sha256"))
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What bears on the last bits of a result and is not as in `before` (run.json), one line each."""
     return [

@@ -127,12 +127,14 @@ class Run:
                     f"{path} has {size} bytes, but its checkpoint was made with {offsets[name]}: it was cut or "
                     "replaced. Put it back, or start again with another --output"
                 )
-        found = self.digests(offsets) if digests else {}
-        if changed := [name for name in found if found[name] != (digests or {})[name]]:
-            raise RunError(
-                f"{self.folder / changed[0]} is not what it was at its checkpoint: its first {offsets[changed[0]]} "
-                "bytes have another SHA-256. Put it back, or start again with another --output"
-            )
+        wanted = digests or {}
+        found = self.digests({name: offsets[name] for name in wanted})
+        for name in wanted:
+            if found[name] != wanted[name]:
+                raise RunError(
+                    f"{self.folder / name} is not what it was at its checkpoint: its first {offsets[name]} bytes have "
+                    "another SHA-256. Put it back, or start again with another --output"
+                )
         for name in LOGS:
             if (path := self.folder / name).exists():
                 try:

@@ -20,6 +20,7 @@ from lite_trgrpo.model.policy import Policy, sample_groups
 from lite_trgrpo.records import Group, Sampling
 from lite_trgrpo.rewards import Scorer, failure_counts
 from lite_trgrpo.store import checkpoint
+from lite_trgrpo.store.resuming import cut_back
 from lite_trgrpo.store.run import Run
 from lite_trgrpo.training import guards, recovery
 from lite_trgrpo.training.guards import of_first_step
@@ -56,13 +57,11 @@ def train(
     optimizer = make_optimizer(list(trainable.values()), config.train)
     limits = Limits(config.train.micro_batch_tokens, config.rollout.max_rows, _memory_options(config))
     job = Job(config, policy, training, heldout, scorer, run, listener, stop, trainable, optimizer, limits)
-    if resume is None:
-        run.cut_back({})  # what a run wrote that was killed before its first checkpoint
-    else:
+    if resume is not None:
         state = checkpoint.load(resume, trainable, optimizer)
-        run.cut_back(state["logs"], state.get("logs_sha256"))
         job.step = job.saved = state["step"]
         limits.resume(state["limits"])
+    cut_back(run, resume)
     job.history, job.evaluations = run.metrics(), run.evaluations()
     optimizer.register_step_pre_hook(lambda *_: setattr(job, "torn", True))
     try:

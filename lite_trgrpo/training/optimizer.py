@@ -14,10 +14,8 @@ def learning_rate_at(step: int, options: Train) -> float:
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
-        options.schedule
-    ]
-    return options.learning_rate * factor
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return options.learning_rate * factors[options.schedule]
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: Train) -> torch.optim.Optimizer:

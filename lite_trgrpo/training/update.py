@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lite_trgrpo.config.schema import Objective
 from lite_trgrpo.errors import OutOfMemoryError
 from lite_trgrpo.model.oom import Limits, advice, free, ran_out
-from lite_trgrpo.model.packing import Ids, by_length, by_prompt
+from lite_trgrpo.model.packing import Ids, batches
 from lite_trgrpo.model.policy import Policy
 from lite_trgrpo.objective import beyond_bounds, denominators, group_advantages, kl_estimate, policy_loss
 from lite_trgrpo.records import Completion, Group
@@ -68,7 +68,7 @@ def prepare_rows(groups: Sequence[Group], objective: Objective, max_new_tokens: 
 
 def micro_batches(rows: Sequence[Row], token_budget: int, packs: bool = True) -> Iterator[list[Row]]:
     """Batches of rows that fit `token_budget` tokens (at least one row), as the policy reads them."""
-    return (by_prompt if packs else by_length)(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget)
+    return batches(rows, lambda row: (row.prompt_ids, row.completion.ids), token_budget, packs)
 
 
 def update(
@@ -100,7 +100,7 @@ def update(
 
     def learn(batch: Sequence[Row]) -> tuple[float, TokenStatistics]:
         loss, statistics = _batch_loss(policy, batch, objective, temperature, old, reference, mean_weight, foreign)
-        (loss * loss_scale(rows, limits)).backward()
+        (loss * scale).backward()
         return loss.item(), statistics
 
     losses: list[float] = []
@@ -108,9 +108,9 @@ def update(
     statistics: list[TokenStatistics] = []
     while rows and len(losses) < updates:
         optimizer.zero_grad()
+        scale = loss_scale(rows, limits)
         parts = in_pieces(rows, limits, policy.packs, learn, optimizer.zero_grad)
         loss = sum(part for part, _ in parts)
-        scale = loss_scale(rows, limits)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= scale

@@ -23,8 +23,8 @@ def reading(logprobs: Tensor, objective: Objective) -> Tensor:
     weight = objective.weight
     centre, mu = READINGS.get(objective.weights, READINGS["offset"])
     return token_weights(
-        logprobs, alpha=weight.alpha, kappa=weight.kappa, centre=centre, mu=mu, low=weight.low, high=weight.high,
-    )  # fmt: skip
+        logprobs, alpha=weight.alpha, kappa=weight.kappa, centre=centre, mu=mu, low=weight.low, high=weight.high
+    )
 
 
 def step_mean(sampled: Sequence[Sequence[float]], objective: Objective) -> float:
