@@ -2,7 +2,7 @@
 
 Our engine and packed update come into play only where their check passes on its patched models. With
 `rollout.engine = "vllm"` its vLLM samples.
-No line of this has run on a card yet; a test holds every call against unsloth's source.
+On a card it loaded, passed its self-check and took a step (docs/gpu.md); a test holds every call against its source.
 """
 
 import tempfile
