@@ -2,7 +2,8 @@
 
     python benchmarks/cards.py > benchmarks/cards.txt
 
-The shapes of the bases come with the package, so nothing is fetched. Predicted; the overhead is an H100's.
+The shapes of the bases come with the package, so nothing is fetched. These are
+predictions; only the overhead was measured, on an H100.
 """
 
 import torch

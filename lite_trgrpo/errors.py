@@ -50,7 +50,7 @@ class ExportError(LiteError, RuntimeError):
 
 
 FOREIGN = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model's own code raises where it is run in a way that it does not know."""
+"""Errors that a model's own code may raise when it is called in a way that it was not written for."""
 
 
 def first_line(error: BaseException) -> str:
